@@ -1,0 +1,132 @@
+"""Quantization-aware training and post-training quantization for PyTorch Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_qat.config import (
+    PRESETS,
+    BitsAndBytesConfig,
+    LayerRule,
+    QATConfig,
+    QuantizationConfig,
+    QuantizationPlan,
+    QuantizationScheme,
+)
+from lightning_qat.nn import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATConvTranspose2d,
+    QATEmbedding,
+    QATLinear,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose2d,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    fold_bn_into_conv,
+)
+from lightning_qat.ops.fake_quantize import fake_quantize
+from lightning_qat.quantizers.observers import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    MSEObserver,
+    Observer,
+    PercentileObserver,
+)
+from lightning_qat.transforms import (
+    Phase,
+    QuantizedFileError,
+    apply_phase,
+    calibrate,
+    convert,
+    float_state_dict,
+    load_quantized,
+    prepare,
+    save_quantized,
+    set_bits,
+)
+
+if TYPE_CHECKING:
+    from lightning_qat.callbacks import (
+        BatchNormFolding,
+        DelayedQATStart,
+        FreezeQuantization,
+        ObserverCalibration,
+        ProgressiveBitReduction,
+        QuantizationAwareTraining,
+    )
+    from lightning_qat.metrics import quantization_error, sqnr
+
+__version__ = "0.1.0"
+
+# Lightning takes seconds to import; who only prepares and converts a plain model does not wait for it.
+_LAZY = {
+    "BatchNormFolding": "callbacks",
+    "DelayedQATStart": "callbacks",
+    "FreezeQuantization": "callbacks",
+    "ObserverCalibration": "callbacks",
+    "ProgressiveBitReduction": "callbacks",
+    "QuantizationAwareTraining": "callbacks",
+    "quantization_error": "metrics",
+    "sqnr": "metrics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+__all__ = [
+    "PRESETS",
+    "BatchNormFolding",
+    "BitsAndBytesConfig",
+    "DelayedQATStart",
+    "FreezeQuantization",
+    "HistogramObserver",
+    "LayerRule",
+    "MSEObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "ObserverCalibration",
+    "Observer",
+    "PercentileObserver",
+    "Phase",
+    "ProgressiveBitReduction",
+    "QATConfig",
+    "QATConv1d",
+    "QATConv2d",
+    "QATConv3d",
+    "QATConvTranspose2d",
+    "QATEmbedding",
+    "QATLinear",
+    "QuantizationAwareTraining",
+    "QuantizationConfig",
+    "QuantizationPlan",
+    "QuantizationScheme",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedConvTranspose2d",
+    "QuantizedEmbedding",
+    "QuantizedFileError",
+    "QuantizedLinear",
+    "apply_phase",
+    "calibrate",
+    "convert",
+    "fake_quantize",
+    "float_state_dict",
+    "fold_bn_into_conv",
+    "load_quantized",
+    "prepare",
+    "quantization_error",
+    "save_quantized",
+    "set_bits",
+    "sqnr",
+]

@@ -1,0 +1,158 @@
+"""Running a module's own training steps to observe ranges, leaving no trace of it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
+
+from lightning_qat.transforms.calibrate import calibrating
+from lightning_qat.transforms.fuse import watch_folds
+from lightning_qat.transforms.phase import Phase, apply_phase
+
+
+class _InertOptimizer:
+    """Stands for an optimizer in a manual ``training_step``; takes no step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def zero_grad(self, *_: Any, **__: Any) -> None:
+        return None
+
+    @contextlib.contextmanager
+    def toggle_model(self, *_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+
+def _inert(*_: Any, **__: Any) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def _without_effects(module: pl.LightningModule) -> Iterator[None]:
+    """Let ``training_step`` run without logging, optimizing or counting in metrics."""
+    optimizers = module.optimizers()
+    inert = [_InertOptimizer(o) for o in optimizers] if isinstance(optimizers, list) else _InertOptimizer(optimizers)
+    quiet: dict[str, Callable[..., Any]] = dict.fromkeys(
+        ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), _inert
+    )
+    quiet["optimizers"] = lambda *_, **__: inert
+    before = {name: module.__dict__[name] for name in quiet if name in module.__dict__}
+    metrics = [(m, m._copy_state_dict(), m._update_count) for m in module.modules() if isinstance(m, Metric)]
+    module.__dict__.update(quiet)
+    try:
+        yield
+    finally:
+        for name in quiet:
+            del module.__dict__[name]
+        module.__dict__.update(before)
+        for metric, state, count in metrics:
+            for name, value in state.items():
+                setattr(metric, name, value)
+            metric._update_count = count
+            metric._computed = None
+
+
+@contextlib.contextmanager
+def _generators_kept(loaders: Any) -> Iterator[None]:
+    """Put back the generators that the loaders and their samplers draw from."""
+    owners = [part for loader in tree_leaves(loaders) for part in (loader, getattr(loader, "sampler", None))]
+    found = [getattr(owner, "generator", None) for owner in owners]
+    states = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _training_batches(trainer: pl.Trainer, count: int) -> Iterator[tuple[Any, int]]:
+    """Yield up to ``count`` batches of the Trainer's training loader, on the device, with their index."""
+    combined: Any = trainer.fit_loop._combined_loader
+    loader = CombinedLoader(combined.iterables, combined._mode)
+    limit = int(min(count, trainer.num_training_batches))
+    module = trainer.lightning_module
+    for batch, index, _ in itertools.islice(iter(loader), limit):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0), index
+
+
+def _step(module: pl.LightningModule, batch: Any, index: int) -> None:
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    try:
+        module.training_step(batch, index) if takes_index else module.training_step(batch)
+    except RuntimeError as error:
+        if module.automatic_optimization or "does not require grad" not in str(error):
+            raise
+        raise RuntimeError(
+            "calibration runs training_step without gradients, and this one calls loss.backward() itself; use "
+            "self.manual_backward(loss), or ObserverCalibration(forward=lambda module, batch: ...)"
+        ) from error
+
+
+def run_calibration(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    batches: int,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    observe: bool = True,
+) -> int:
+    """Run training batches through ``module`` before training, in evaluation mode and without gradients.
+
+    The random state, the loaders' generators, metrics, logs, optimizers and BatchNorm statistics are as
+    they were afterwards. Returns the number of batches.
+
+    Args:
+        trainer: between the start of training and the first batch.
+        module: prepared.
+        batches: at most this many.
+        forward: called as ``forward(module, batch)`` instead of ``training_step``.
+        observe: learn ranges; False only decides which BatchNorm is folded.
+    """
+    done = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_generators_kept(trainer.train_dataloader))
+        stack.enter_context(_without_effects(module))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(calibrating(module) if observe else _evaluating(module))
+        stack.enter_context(trainer.precision_plugin.train_step_context())
+        for batch, index in _training_batches(trainer, batches):
+            with watch_folds(module):
+                _step(module, batch, index) if forward is None else forward(module, batch)
+            done += 1
+    if observe and not done:
+        raise ValueError("ObserverCalibration got no batch from the training loader; check limit_train_batches")
+    return done
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    apply_phase(module, Phase(observing=False, quantizing=False))  # there may be no ranges yet
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, training in modes.items():
+            child.training = training

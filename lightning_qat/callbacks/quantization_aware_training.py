@@ -1,0 +1,66 @@
+"""The whole of quantization-aware training as one callback."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from lightning_qat.callbacks.base import QuantizationCallback
+from lightning_qat.callbacks.schedule import Schedule
+from lightning_qat.config import PlanLike, QATConfig, Step, check_int, check_step, resolve_plan
+
+
+class QuantizationAwareTraining(QuantizationCallback):
+    """Train an unchanged LightningModule with fake quantization.
+
+    It is calibration, a delayed start, freezing and BatchNorm folding in the right order; the callbacks
+    of those names, in the same Trainer, win for their own aspect.
+
+    Args:
+        config: a :class:`QATConfig`, a preset's name (``"int8"``), a :class:`QuantizationConfig`
+            (weight-only) or a :class:`QuantizationPlan`.
+        plan: which layers get what, instead of ``config`` for every layer.
+        start_step: from here on the forward is fake-quantized; overrides the config's.
+        freeze_step: from here on scales and BatchNorm statistics stand still; overrides the config's.
+        calibration_batches: training batches to observe before the first step.
+
+    Steps are optimizer steps (``1000``), fractions of the run (``0.3``) or epochs (``"3 epochs"``).
+
+    Raises:
+        ValueError: for settings that are not allowed.
+    """
+
+    specificity: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        config: PlanLike = "int8",
+        plan: PlanLike | None = None,
+        *,
+        start_step: Step | None = None,
+        freeze_step: Step | None = None,
+        calibration_batches: int = 8,
+    ) -> None:
+        super().__init__()
+        base = resolve_plan(config).base
+        self.config = base if isinstance(base, QATConfig) else QATConfig()
+        self._plan = resolve_plan(config if plan is None else plan)
+        self.start_step = check_step("start_step", self.config.start_step if start_step is None else start_step)
+        chosen = self.config.freeze_step if freeze_step is None else freeze_step
+        self.freeze_step = None if chosen is None else check_step("freeze_step", chosen)
+        self.calibration_batches = check_int("calibration_batches", calibration_batches, 0)
+
+    def plan(self) -> PlanLike:
+        return self._plan
+
+    def contribute(self, schedule: Schedule) -> Schedule:
+        return replace(
+            schedule,
+            start=self.start_step,
+            freeze_scales=self.freeze_step,
+            freeze_norm=self.freeze_step,
+            calibration_batches=self.calibration_batches,
+            fold_norm=self.config.fold_batchnorm,
+        )
+
+

@@ -1,0 +1,124 @@
+"""When what happens: the phase as a pure function of the global step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from lightning_qat.config import Step, epochs_of
+from lightning_qat.transforms.phase import Phase
+
+#: Steps with the bits that hold from there on.
+BitSchedule = tuple[tuple[Step, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What the quantization callbacks of a Trainer agree on.
+
+    Steps count as ``trainer.global_step`` does: optimizer steps, each of several optimizers counted.
+
+    Args:
+        start: from here on the forward is fake-quantized.
+        freeze_scales: from here on scales stand still.
+        freeze_norm: from here on BatchNorm statistics stand still.
+        weight_bits, activation_bits: bits from a step on.
+        calibration_batches: training batches observed before the first step.
+        fold_norm: fold BatchNorm that directly follows a layer on conversion.
+    """
+
+    start: Step = 0
+    freeze_scales: Step | None = None
+    freeze_norm: Step | None = None
+    weight_bits: BitSchedule = ()
+    activation_bits: BitSchedule = ()
+    calibration_batches: int = 0
+    fold_norm: bool = True
+
+    def resolve(self, total_steps: float, steps_per_epoch: float) -> Schedule:
+        """Return the schedule in optimizer steps.
+
+        Args:
+            total_steps: of the run; infinite if unknown.
+            steps_per_epoch: infinite if unknown.
+
+        Raises:
+            ValueError: for a fraction or epochs of a run whose length is not known.
+        """
+
+        def steps(name: str, step: Step) -> int:
+            epochs = epochs_of(step)
+            if isinstance(step, int):
+                return step
+            length, share = (total_steps, float(step)) if epochs is None else (steps_per_epoch, epochs)
+            if not math.isfinite(length):
+                known = "max_steps or max_epochs" if epochs is None else "limit_train_batches, or a loader with a length"
+                raise ValueError(f"{name}={step!r} needs the length of the run; give the Trainer {known}, or a step")
+            return round(share * length)
+
+        def bits(name: str, entries: BitSchedule) -> BitSchedule:
+            return tuple(sorted((steps(name, step), value) for step, value in entries))
+
+        return replace(
+            self,
+            start=steps("start_step", self.start),
+            freeze_scales=None if self.freeze_scales is None else steps("freeze_step", self.freeze_scales),
+            freeze_norm=None if self.freeze_norm is None else steps("freeze_step", self.freeze_norm),
+            weight_bits=bits("bits", self.weight_bits),
+            activation_bits=bits("bits", self.activation_bits),
+        )
+
+    def phase(self, step: int) -> Phase:
+        """Return the phase at optimizer step ``step`` of a resolved schedule."""
+
+        def reached(at: Step | None) -> bool:
+            return at is not None and step >= at  # type: ignore[operator]
+
+        def bits(entries: BitSchedule) -> int | None:
+            return next((value for at, value in reversed(entries) if reached(at)), None)
+
+        return Phase(
+            observing=not reached(self.freeze_scales),
+            quantizing=reached(self.start),
+            frozen=reached(self.freeze_scales),
+            frozen_norm=reached(self.freeze_norm),
+            weight_bits=bits(self.weight_bits),
+            activation_bits=bits(self.activation_bits),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return builtins only: anything else makes a checkpoint unloadable with ``weights_only=True``."""
+        state = asdict(self)
+        return state | {key: [list(e) for e in state[key]] for key in ("weight_bits", "activation_bits")}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Schedule:
+        """Return the schedule that :meth:`state_dict` described."""
+        known = {key: state[key] for key in (f.name for f in fields(cls)) if key in state}
+        pairs = {key: tuple((s, b) for s, b in known[key]) for key in ("weight_bits", "activation_bits")}
+        return cls(**{**known, **pairs})
+
+    def explain(self) -> list[tuple[str, str]]:
+        """Return ``(when, what)``, in order, of what this schedule does."""
+        rows: list[tuple[Step, str]] = []
+        if self.calibration_batches:
+            rows.append((0, f"calibrate activation ranges on {self.calibration_batches} training batches, before training"))
+        rows.append((0, "train in float, observing ranges") if self.start != 0 else (0, "train fake-quantized"))
+        if self.start != 0:
+            rows.append((self.start, "train fake-quantized"))
+        rows += [(step, f"weights at {value} bits") for step, value in self.weight_bits]
+        rows += [(step, f"activations at {value} bits") for step, value in self.activation_bits]
+        if self.freeze_scales is not None:
+            rows.append((self.freeze_scales, "scales stand still"))
+        if self.freeze_norm is not None:
+            rows.append((self.freeze_norm, "BatchNorm statistics stand still"))
+        if all(isinstance(step, int) for step, _ in rows):
+            rows.sort(key=lambda row: row[0])
+        return [(_when(step), what) for step, what in rows]
+
+
+def _when(step: Step) -> str:
+    if isinstance(step, int):
+        return f"step {step}"
+    return f"{step:.0%} of the run" if isinstance(step, float) else f"after {step}"

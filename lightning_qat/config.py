@@ -1,0 +1,417 @@
+"""What to quantize and how: frozen, keyword-only values, checked when they are made.
+
+Everything here is a plain value. A config travels downwards and stops at ``nn``; the ops get
+tensors and numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from torch import nn
+
+if TYPE_CHECKING or sys.version_info < (3, 11):
+    from enum import Enum
+
+    class StrEnum(str, Enum):
+        """``enum.StrEnum`` for Python 3.10."""
+
+        __str__ = str.__str__
+else:
+    from enum import StrEnum
+
+#: An optimizer step (``1000``), a fraction of the run (``0.3``) or epochs (``"3 epochs"``).
+Step: TypeAlias = Union[int, float, str]
+
+
+class QuantizationScheme(StrEnum):
+    """The number formats that come with the library. Custom ones are plain strings."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    NF4 = "nf4"
+    FP4 = "fp4"
+    LLM_INT8 = "llm_int8"
+    DYNAMIC_TREE = "dynamic_tree"
+    DYNAMIC = "dynamic"
+    GPTQ = "gptq"
+    AWQ = "awq"
+
+
+@dataclass(frozen=True)
+class _BitWidths:
+    default: int
+    lowest: int
+    highest: int
+
+
+#: Registry of scheme name -> bit widths it takes; ``schemes.register_scheme`` adds to it.
+_SCHEME_BITS: dict[str, _BitWidths] = {
+    "int8": _BitWidths(8, 2, 16),
+    "int4": _BitWidths(4, 4, 4),
+    "nf4": _BitWidths(4, 4, 4),
+    "fp4": _BitWidths(4, 4, 4),
+    "llm_int8": _BitWidths(8, 8, 8),
+    "dynamic_tree": _BitWidths(8, 8, 8),
+    "dynamic": _BitWidths(8, 2, 16),
+    "gptq": _BitWidths(4, 2, 8),
+    "awq": _BitWidths(4, 2, 8),
+}
+
+OBSERVER_NAMES = ("min_max", "moving_average", "percentile", "histogram", "mse")
+
+
+class _Unset(int):
+    """An ``int`` that tells a default from the same number given by the user."""
+
+
+_DEFAULT_BITS = _Unset(8)
+
+
+def nearest_first(name: str, known: Iterable[str]) -> list[str]:
+    """Return ``known`` with the names most like ``name`` first."""
+    return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, str(name).lower(), k.lower()).ratio())
+
+
+def check_choice(field_name: str, value: Any, known: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``known``; raise ``ValueError`` listing them, nearest first."""
+    names = list(known)
+    if isinstance(value, str) and str(value) in names:
+        return str(value)
+    listed = ", ".join(repr(n) for n in nearest_first(str(value), names))
+    raise ValueError(f"{field_name}={value!r} is not known; use one of: {listed}")
+
+
+def check_int(field_name: str, value: Any, lowest: int, highest: int | None = None) -> int:
+    """Return ``value`` if it is an integer in ``[lowest, highest]``; raise ``ValueError`` otherwise."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+    if fits and (highest is None or value <= highest):
+        return int(value)
+    allowed = f"from {lowest} to {highest}" if highest is not None else f"of {lowest} or more"
+    raise ValueError(f"{field_name}={value!r} is not allowed; use an integer {allowed}")
+
+
+def _check_bool(field_name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{field_name}={value!r} is not allowed; use True or False")
+
+
+def _check_fraction(field_name: str, value: Any, *, include_one: bool) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (value == 1 and not include_one):
+        end = "1]" if include_one else "1)"
+        raise ValueError(f"{field_name}={value!r} is not allowed; use a number in [0, {end}")
+
+
+def _scheme_bits(scheme: Any, bits: int | None) -> tuple[str, int]:
+    name = check_choice("scheme", scheme, _SCHEME_BITS)
+    allowed = _SCHEME_BITS[name]
+    if bits is None:
+        return name, allowed.default
+    if isinstance(bits, bool) or not isinstance(bits, int) or not allowed.lowest <= bits <= allowed.highest:
+        span = str(allowed.lowest) if allowed.lowest == allowed.highest else f"{allowed.lowest} to {allowed.highest}"
+        raise ValueError(f"bits={bits!r} is not allowed with scheme={name!r}; it takes {span}")
+    return name, int(bits)
+
+
+_EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*")
+
+
+def epochs_of(step: Step) -> float | None:
+    """Return the number of epochs in ``"3 epochs"``, or None for a step or a fraction."""
+    matched = _EPOCHS.fullmatch(step) if isinstance(step, str) else None
+    return float(matched.group(1)) if matched else None
+
+
+def check_step(field_name: str, step: Any) -> Step:
+    """Return ``step`` if it is a step, a fraction of the run or epochs; raise ``ValueError`` otherwise."""
+    if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
+        return step
+    if isinstance(step, float) and 0.0 <= step <= 1.0:
+        return step
+    if epochs_of(step) is not None:
+        return step
+    raise ValueError(
+        f"{field_name}={step!r} is not allowed; use an optimizer step (1000), a fraction of the run (0.3) "
+        "or epochs ('3 epochs')"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsAndBytesConfig:
+    """How bitsandbytes would quantize one tensor.
+
+    Args:
+        bits: 8 or 4.
+        dynamic_tree: use the 8-bit dynamic map, block-wise, instead of vector-wise int8.
+        block_size: elements that share one absmax; a power of two from 32 to 4096.
+        stochastic: round stochastically.
+        outlier_threshold: quantile of absolute values above which a column stays in 16 bit (LLM.int8()).
+        nested_quantization: quantize the scales too.
+        quant_type: ``"nf4"`` or ``"fp4"``, the 4-bit map.
+    """
+
+    bits: int = 8
+    dynamic_tree: bool = False
+    block_size: int = 256
+    stochastic: bool = False
+    outlier_threshold: float = 0.99
+    nested_quantization: bool = False
+    quant_type: str = "nf4"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or isinstance(self.bits, bool):
+            raise ValueError(f"bits={self.bits!r} is not allowed; bitsandbytes has 4 and 8")
+        if self.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+            raise ValueError(f"block_size={self.block_size!r} is not allowed; use a power of two from 32 to 4096")
+        for name in ("dynamic_tree", "stochastic", "nested_quantization"):
+            _check_bool(name, getattr(self, name))
+        _check_fraction("outlier_threshold", self.outlier_threshold, include_one=True)
+        check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How one tensor is quantized.
+
+    Args:
+        scheme: a :class:`QuantizationScheme` or the name of a registered custom scheme. ``"dynamic"``
+            derives the range of every token at run time.
+        bits: 2 to 16 for integers; None means the scheme's own.
+        symmetric: codes around zero; asymmetric ones are ``0 .. 2**bits - 1`` with an integer zero point.
+        per_channel: one scale for each output channel instead of one for the tensor.
+        group_size: one scale for each run of this many weights of an output channel.
+        calibration_samples: how many samples calibration looks at; None means all it is given.
+        bnb: settings of the bitsandbytes formats.
+        observer: how the range is found: ``"min_max"``, ``"moving_average"``, ``"percentile"``,
+            ``"histogram"`` or ``"mse"``; None means ``"min_max"`` for a weight and
+            ``"moving_average"`` for an activation.
+        observer_momentum: the moving average is ``m * old + (1 - m) * new``.
+    """
+
+    scheme: str = "int8"
+    _: KW_ONLY
+    bits: int | None = None
+    symmetric: bool = True
+    per_channel: bool = False
+    group_size: int | None = None
+    calibration_samples: int | None = None
+    bnb: BitsAndBytesConfig | None = None
+    observer: str | None = None
+    observer_momentum: float = 0.99
+
+    def __post_init__(self) -> None:
+        name, bits = _scheme_bits(self.scheme, self.bits)
+        known = {s.value for s in QuantizationScheme}
+        object.__setattr__(self, "scheme", QuantizationScheme(name) if name in known else name)
+        object.__setattr__(self, "bits", bits)
+        _check_bool("symmetric", self.symmetric)
+        _check_bool("per_channel", self.per_channel)
+        for name in ("group_size", "calibration_samples"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        if self.bnb is not None and not isinstance(self.bnb, BitsAndBytesConfig):
+            raise ValueError(f"bnb={self.bnb!r} is not allowed; use a BitsAndBytesConfig or None")
+        if self.observer is not None:
+            check_choice("observer", self.observer, OBSERVER_NAMES)
+        _check_fraction("observer_momentum", self.observer_momentum, include_one=False)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range is found anew for every token at run time."""
+        return self.scheme == QuantizationScheme.DYNAMIC
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """Quantization-aware training of a whole model with one setting for every layer.
+
+    Args:
+        scheme: number format of the weights.
+        bits: bits of the weights; left out, the scheme's own.
+        symmetric: symmetric weights.
+        per_channel: one weight scale for each output channel.
+        start_step: from here on the forward is fake-quantized; before, ranges are only observed.
+        freeze_step: from here on scales and BatchNorm statistics stand still; None means never.
+        learnable_step_size: learn the scales by gradient (LSQ).
+        observer_momentum: of the activations' moving average, ``m * old + (1 - m) * new``.
+        activation_bits: bits of the activations; None means weight-only.
+        activation_symmetric: symmetric activations.
+        activation_dynamic: find the range of every token at run time instead of a calibrated one.
+        group_size: weights of an output channel that share a scale.
+        weight_observer: how a weight's range is found.
+        activation_observer: how an activation's range is found.
+        fold_batchnorm: fold BatchNorm that directly follows a layer into it on conversion.
+
+    Steps are optimizer steps (``1000``), fractions of the run (``0.3``) or epochs (``"3 epochs"``).
+    """
+
+    scheme: str = "int8"
+    _: KW_ONLY
+    bits: int = _DEFAULT_BITS
+    symmetric: bool = True
+    per_channel: bool = False
+    start_step: Step = 0
+    freeze_step: Step | None = None
+    learnable_step_size: bool = False
+    observer_momentum: float = 0.99
+    activation_bits: int | None = 8
+    activation_symmetric: bool = False
+    activation_dynamic: bool = False
+    group_size: int | None = None
+    weight_observer: str = "min_max"
+    activation_observer: str = "moving_average"
+    fold_batchnorm: bool = True
+
+    def __post_init__(self) -> None:
+        # A scheme of 4 bits under the default of 8 means its own 4; a given 8 is a contradiction.
+        given = None if isinstance(self.bits, _Unset) else self.bits
+        weight = QuantizationConfig(self.scheme, bits=given)
+        object.__setattr__(self, "scheme", weight.scheme)
+        if not isinstance(self.bits, _Unset) or weight.bits != self.bits:
+            object.__setattr__(self, "bits", weight.bits)
+        if weight.dynamic:
+            raise ValueError("scheme='dynamic' describes activations; use scheme='int8', activation_dynamic=True")
+        check_step("start_step", self.start_step)
+        if self.freeze_step is not None:
+            check_step("freeze_step", self.freeze_step)
+        if self.activation_bits is not None:
+            check_int("activation_bits", self.activation_bits, 2, 16)
+        for name in ("learnable_step_size", "activation_symmetric", "activation_dynamic", "fold_batchnorm"):
+            _check_bool(name, getattr(self, name))
+        check_choice("weight_observer", self.weight_observer, OBSERVER_NAMES)
+        check_choice("activation_observer", self.activation_observer, OBSERVER_NAMES)
+        self.weight_config()
+        self.activation_config()
+
+    def weight_config(self) -> QuantizationConfig:
+        """Return what a weight of the model gets."""
+        return QuantizationConfig(
+            self.scheme,
+            bits=int(self.bits),
+            symmetric=self.symmetric,
+            per_channel=self.per_channel,
+            group_size=self.group_size,
+            observer=self.weight_observer,
+        )
+
+    def activation_config(self) -> QuantizationConfig | None:
+        """Return what the input of a layer gets, or None for weight-only."""
+        if self.activation_bits is None:
+            return None
+        return QuantizationConfig(
+            QuantizationScheme.DYNAMIC if self.activation_dynamic else QuantizationScheme.INT8,
+            bits=self.activation_bits,
+            symmetric=self.activation_symmetric,
+            observer=None if self.activation_dynamic else self.activation_observer,
+            observer_momentum=self.observer_momentum,
+        )
+
+
+#: What a name means wherever a config or a plan is taken.
+PRESETS: dict[str, QATConfig] = {
+    "int8": QATConfig("int8", per_channel=True),
+    "int8_dynamic": QATConfig("int8", per_channel=True, activation_dynamic=True, activation_symmetric=True),
+    "int8_weight_only": QATConfig("int8", per_channel=True, activation_bits=None),
+    "w4a8": QATConfig("int4", per_channel=True),
+    "w4a16": QATConfig("int4", group_size=128, activation_bits=None),
+    "w4a4": QATConfig("int4", per_channel=True, activation_bits=4),
+}
+
+
+def preset(name: str) -> QATConfig:
+    """Return the preset called ``name``; raise ``ValueError`` listing all, nearest first."""
+    return PRESETS[check_choice("preset", name, PRESETS)]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What the layers that match get.
+
+    Args:
+        match: a glob on module names (``"blocks.*.mlp"``) or a layer type (``nn.Linear``).
+        weight: of the weight; None leaves the layer in float. A preset's name means its weight part.
+        activation: of the layer's input; None means weight-only. A preset's name means its activation part.
+    """
+
+    match: str | type[nn.Module]
+    weight: QuantizationConfig | str | None = None
+    activation: QuantizationConfig | str | None = None
+
+    def __post_init__(self) -> None:
+        is_type = isinstance(self.match, type) and issubclass(self.match, nn.Module)
+        if not is_type and not (isinstance(self.match, str) and self.match):
+            raise ValueError(f"match={self.match!r} is not allowed; use a glob on module names or a layer type")
+        if isinstance(self.weight, str):
+            object.__setattr__(self, "weight", preset(self.weight).weight_config())
+        if isinstance(self.activation, str):
+            object.__setattr__(self, "activation", preset(self.activation).activation_config())
+        for name in ("weight", "activation"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, QuantizationConfig):
+                raise ValueError(f"{name}={value!r} is not allowed; use a QuantizationConfig, a preset's name or None")
+        if self.weight is None and self.activation is not None:
+            raise ValueError(f"activation={self.activation!r} needs a weight: an integer layer has both (match={self.match!r})")
+        if self.weight is not None and self.weight.dynamic:  # type: ignore[union-attr]
+            raise ValueError("weight=QuantizationConfig('dynamic') is not allowed; it describes activations")
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """Which layers get which config.
+
+    Args:
+        rules: in order; later rules win. A rule that matches no layer is an error when the plan is used.
+        base: a :class:`QATConfig` or a preset's name that every Linear and convolution gets first.
+    """
+
+    rules: Sequence[LayerRule] = field(default_factory=tuple)
+    _: KW_ONLY
+    base: QATConfig | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rules, (str, LayerRule)) or not all(isinstance(r, LayerRule) for r in self.rules):
+            raise ValueError(f"rules={self.rules!r} is not allowed; use a list of LayerRule")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if isinstance(self.base, str):
+            object.__setattr__(self, "base", preset(self.base))
+        if self.base is not None and not isinstance(self.base, QATConfig):
+            raise ValueError(f"base={self.base!r} is not allowed; use a QATConfig, a preset's name or None")
+        if not self.rules and self.base is None:
+            raise ValueError("rules=[] is not allowed without a base: the plan would quantize nothing")
+
+
+#: What ``prepare`` and the callbacks take.
+PlanLike: TypeAlias = Union[QuantizationPlan, QATConfig, QuantizationConfig, str]
+
+
+def resolve_plan(plan: PlanLike) -> QuantizationPlan:
+    """Return the :class:`QuantizationPlan` that a plan, a config or a preset's name stands for.
+
+    A :class:`QuantizationConfig` describes one tensor and means weight-only.
+    """
+    if isinstance(plan, QuantizationPlan):
+        return plan
+    if isinstance(plan, QATConfig):
+        return QuantizationPlan(base=plan)
+    if isinstance(plan, str):
+        return QuantizationPlan(base=preset(plan))
+    if isinstance(plan, QuantizationConfig):
+        base = QATConfig(
+            plan.scheme,
+            bits=plan.bits,  # type: ignore[arg-type]
+            symmetric=plan.symmetric,
+            per_channel=plan.per_channel,
+            group_size=plan.group_size,
+            activation_bits=None,
+            weight_observer=plan.observer or "min_max",
+        )
+        return QuantizationPlan(base=base)
+    raise ValueError(
+        f"plan={plan!r} is not allowed; use a QuantizationPlan, a QATConfig, a QuantizationConfig or a preset's name"
+    )

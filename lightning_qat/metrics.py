@@ -1,0 +1,136 @@
+"""How far quantized numbers are from the float ones: functions, and torchmetrics that gather over batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def quantization_error(original: Tensor, quantized: Tensor) -> Tensor:
+    """Return the mean squared difference, a float64 scalar.
+
+    Raises:
+        ValueError: the shapes differ, or there is nothing to compare.
+    """
+    _check_pair(original, quantized)
+    return (original.double() - quantized.double()).square().mean()
+
+
+def sqnr(original: Tensor, quantized: Tensor) -> Tensor:
+    """Return the signal-to-quantization-noise ratio in dB, a float64 scalar.
+
+    ``10 log10(sum(original^2) / sum((original - quantized)^2))``: infinite for equal tensors, minus infinite
+    where an original of zeros was changed.
+
+    Raises:
+        ValueError: the shapes differ, or there is nothing to compare.
+    """
+    _check_pair(original, quantized)
+    signal, noise = _energies(original, quantized)
+    return _decibel(signal, noise)
+
+
+class SQNR(Metric):
+    """:func:`sqnr` of all batches together, in dB."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("signal", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, original: Tensor, quantized: Tensor) -> None:
+        """Add a batch; the two have the same shape."""
+        _check_pair(original, quantized)
+        signal, noise = _energies(original, quantized)
+        self.signal += signal
+        self.noise += noise
+
+    def compute(self) -> Tensor:
+        """Return the ratio in dB."""
+        return _decibel(self.signal, self.noise)
+
+
+class QuantizationError(Metric):
+    """:func:`quantization_error` of all batches together."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, original: Tensor, quantized: Tensor) -> None:
+        """Add a batch; the two have the same shape."""
+        _check_pair(original, quantized)
+        self.total += (original.double() - quantized.double()).square().sum()
+        self.count += original.numel()
+
+    def compute(self) -> Tensor:
+        """Return the mean squared difference."""
+        return self.total / self.count
+
+
+class Agreement(Metric):
+    """Share of predictions whose top-1 is the same in two sets of logits.
+
+    Args:
+        dim: the dimension of the classes.
+        **options: of :class:`torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    same: Tensor
+    count: Tensor
+
+    def __init__(self, *, dim: int = -1, **options: Any) -> None:
+        super().__init__(**options)
+        self.dim = dim
+        self.add_state("same", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, original: Tensor, quantized: Tensor) -> None:
+        """Add the logits of a batch; the two have the same shape."""
+        _check_pair(original, quantized)
+        same = original.argmax(self.dim) == quantized.argmax(self.dim)
+        self.same += same.sum()
+        self.count += same.numel()
+
+    def compute(self) -> Tensor:
+        """Return the share, from 0 to 1."""
+        return self.same / self.count
+
+
+def _check_pair(original: Tensor, quantized: Tensor) -> None:
+    if original.shape != quantized.shape or original.numel() == 0:
+        shapes = f"{tuple(original.shape)} and {tuple(quantized.shape)}"
+        raise ValueError(f"original and quantized must have the same shape and at least one element; got {shapes}")
+
+
+def _energies(original: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+    reference = original.detach().double()
+    return reference.square().sum(), (reference - quantized.detach().double()).square().sum()
+
+
+def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
+    # 0 / 0 (nothing there and nothing lost) is no loss.
+    ratio = torch.where(noise == 0, torch.full_like(signal, torch.inf), signal / noise)
+    return 10 * torch.log10(ratio)

@@ -1,0 +1,35 @@
+"""QAT layers (float weight and fake quantizers) and quantized layers (packed weight)."""
+
+from lightning_qat.nn.conv import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATConvTranspose2d,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose2d,
+)
+from lightning_qat.nn.embedding import QATEmbedding, QuantizedEmbedding
+from lightning_qat.nn.layer import QATLayer, QuantizedLayer
+from lightning_qat.nn.linear import QATLinear, QuantizedLinear
+from lightning_qat.nn.norm import FoldedBatchNorm, fold_bn_into_conv
+
+__all__ = [
+    "FoldedBatchNorm",
+    "QATConv1d",
+    "QATConv2d",
+    "QATConv3d",
+    "QATConvTranspose2d",
+    "QATEmbedding",
+    "QATLayer",
+    "QATLinear",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedConvTranspose2d",
+    "QuantizedEmbedding",
+    "QuantizedLayer",
+    "QuantizedLinear",
+    "fold_bn_into_conv",
+]

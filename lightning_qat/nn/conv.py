@@ -1,0 +1,126 @@
+"""Convolutions: fake-quantized while training, packed integers when converted."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_qat.config import PlanLike
+from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
+from lightning_qat.nn.single import init_from
+
+
+class _QATConv(QATLayer):
+    """Shared by the convolutions of one to three dimensions.
+
+    Args:
+        conv: the float layer, weight ``[out_channels, in_channels / groups, *kernel]``.
+        config: a config or a preset's name.
+        quantize_activations: quantize the input too, where the config says how.
+    """
+
+    def __init__(self, conv: nn.Module, config: PlanLike = "int8", quantize_activations: bool = True) -> None:
+        init_from(self, conv, config, quantize_activations)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)  # type: ignore[operator]
+
+
+class _QuantizedConv(QuantizedLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.weight, self.bias)  # type: ignore[operator]
+
+
+class QATConv1d(_QATConv, nn.Conv1d):
+    """An ``nn.Conv1d`` with fake-quantized weight and input."""
+
+    float_class = nn.Conv1d
+    spatial_dims = 1
+
+
+class QATConv2d(_QATConv, nn.Conv2d):
+    """An ``nn.Conv2d`` with fake-quantized weight and input."""
+
+    float_class = nn.Conv2d
+    spatial_dims = 2
+
+
+class QATConv3d(_QATConv, nn.Conv3d):
+    """An ``nn.Conv3d`` with fake-quantized weight and input."""
+
+    float_class = nn.Conv3d
+    spatial_dims = 3
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """A converted ``nn.Conv1d``."""
+
+    float_class = nn.Conv1d
+    spatial_dims = 1
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """A converted ``nn.Conv2d``."""
+
+    float_class = nn.Conv2d
+    spatial_dims = 2
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """A converted ``nn.Conv3d``."""
+
+    float_class = nn.Conv3d
+    spatial_dims = 3
+
+
+def _transposed(layer: nn.ConvTranspose2d, x: Tensor, weight: Tensor, output_size: list[int] | None) -> Tensor:
+    """What ``nn.ConvTranspose2d.forward`` does, with another weight."""
+    padding = layer._output_padding(
+        x,
+        output_size,
+        layer.stride,  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        layer.kernel_size,  # type: ignore[arg-type]
+        2,
+        layer.dilation,  # type: ignore[arg-type]
+    )
+    return F.conv_transpose2d(
+        x, weight, layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
+    )
+
+
+class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
+    """An ``nn.ConvTranspose2d`` with fake-quantized weight and input.
+
+    The weight is ``[in_channels, out_channels / groups, *kernel]``: a channel is an index of dimension
+    1, shared by all groups.
+    """
+
+    float_class = nn.ConvTranspose2d
+    channel_axis = 1
+    spatial_dims = 2
+
+    def __init__(
+        self, conv: nn.ConvTranspose2d, config: PlanLike = "int8", quantize_activations: bool = True
+    ) -> None:
+        init_from(self, conv, config, quantize_activations)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _transposed(self, self.quantized_input(input), self.quantized_weight(), output_size)
+
+
+class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    """A converted ``nn.ConvTranspose2d``."""
+
+    float_class = nn.ConvTranspose2d
+    channel_axis = 1
+    spatial_dims = 2
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _transposed(self, self.quantized_input(input), self.weight, output_size)
+
+
+register_layer(QATConv1d, QuantizedConv1d)
+register_layer(QATConv2d, QuantizedConv2d)
+register_layer(QATConv3d, QuantizedConv3d)
+register_layer(QATConvTranspose2d, QuantizedConvTranspose2d)

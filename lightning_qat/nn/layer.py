@@ -1,0 +1,281 @@
+"""What all quantized layers share: a float layer takes on another class and keeps everything else.
+
+A prepared layer is the user's own module object with its class changed, as
+``torch.nn.utils.parametrize`` does: parameters, names, hooks, references held elsewhere and layers
+shared by two parents stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.config import QuantizationConfig
+from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, WeightQuantizer, dynamic_parameters
+from lightning_qat.quantizers.state import KeepsDtype
+from lightning_qat.schemes import TensorFormat, get_scheme
+
+
+class _Adopting(nn.Module):
+    """A class that float layers can take on; ones made for a user's subclass still pickle."""
+
+    float_class: ClassVar[type[nn.Module]]
+    channel_axis: ClassVar[int] = 0
+    spatial_dims: ClassVar[int | None] = None
+    quantizes_input: ClassVar[bool] = True
+    #: The library's class and the user's, for a class made at run time.
+    made_from: ClassVar[tuple[type, type] | None] = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.made_from is None:
+            return super().__reduce_ex__(protocol)
+        return _new_like, self.made_from, self.__dict__
+
+
+class QATLayer(_Adopting):
+    """A float layer whose weight and input are fake-quantized.
+
+    Attributes:
+        weight_quantizer: of the weight.
+        input_quantizer: of the input, or None for weight-only.
+    """
+
+    weight: Tensor
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer | None
+
+    def quantized_weight(self) -> Tensor:
+        """Return the fake-quantized weight."""
+        return self.weight_quantizer(self.weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized input."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def weight_codes(self) -> Tensor:
+        """Return the integer codes of the weight as it is now, in its shape."""
+        return self.weight_quantizer.codes(self.weight)
+
+
+class QuantizedLayer(_Adopting, KeepsDtype):
+    """A converted layer: packed integers instead of a float weight.
+
+    Attributes:
+        weight_packed: codes as the scheme stores them.
+        weight_scale, weight_zero_point: one for each tensor, channel or group.
+        input_scale, input_zero_point: of a calibrated input; None for weight-only and dynamic ranges.
+        weight_format, input_format: how to read them.
+        weight_shape, weight_dtype: of the float weight.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    weight_format: TensorFormat
+    input_format: TensorFormat | None
+    weight_shape: torch.Size
+    weight_dtype: torch.dtype
+
+    @property
+    def codes(self) -> Tensor:
+        """The integer codes, in the shape of the float weight."""
+        return get_scheme(self.weight_format.scheme).unpack(self.weight_packed, self.weight_shape, self.weight_format)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for, computed at every access: no float copy is kept."""
+        scheme = get_scheme(self.weight_format.scheme)
+        return scheme.dequantize(
+            self.codes, self.weight_scale, self.weight_zero_point, self.weight_format, self.weight_dtype
+        )
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the grid that the layer was trained with."""
+        fmt = self.input_format
+        if fmt is None or not x.numel():
+            return x
+        scheme = get_scheme(fmt.scheme)
+        if fmt.dynamic:
+            return scheme.fake_quantize(x, *dynamic_parameters(x, fmt, self.spatial_dims))
+        return scheme.fake_quantize(x, self.input_scale, self.input_zero_point, fmt)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        # The scales keep their dtype; what is computed from them follows ``model.half()``.
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        fmt = self.weight_format
+        return f"{tuple(self.weight_shape)}, {fmt.scheme}, bits={fmt.bits}, input={self.input_format}"
+
+
+class _OwnForward(QATLayer):
+    """For a subclass with a ``forward`` of its own: the weight and the input are replaced around it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _replace_input(self.quantized_input, args, kwargs)
+        with _weight_replaced(self, self.quantized_weight()):
+            return super().forward(*args, **kwargs)
+
+
+class _QuantizedOwnForward(QuantizedLayer):
+    """As :class:`_OwnForward`, converted: it stores codes and dequantizes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _replace_input(self.quantized_input, args, kwargs)
+        return super().forward(*args, **kwargs)
+
+
+def _replace_input(
+    quantize: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Quantize the first floating tensor among the arguments."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return (*args[:i], quantize(value), *args[i + 1 :]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return args, {**kwargs, key: quantize(value)}
+    return args, kwargs
+
+
+@contextlib.contextmanager
+def _weight_replaced(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """Let ``module.weight`` be ``value``: an instance attribute comes before a registered parameter."""
+    before = module.__dict__.get("weight")
+    module.__dict__["weight"] = value
+    try:
+        yield
+    finally:
+        del module.__dict__["weight"]
+        if before is not None:  # pruning keeps its masked weight there
+            module.__dict__["weight"] = before
+
+
+#: Registry of float layer class -> (QAT class, quantized class).
+LAYER_CLASSES: dict[type[nn.Module], tuple[type[QATLayer], type[QuantizedLayer]]] = {}
+
+
+def register_layer(qat_class: type[QATLayer], quantized_class: type[QuantizedLayer]) -> None:
+    """Let layers of ``qat_class.float_class`` and of its subclasses be quantized."""
+    LAYER_CLASSES[qat_class.float_class] = (qat_class, quantized_class)
+
+
+def supported_class(layer_type: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the registered float class that ``layer_type`` is or derives from."""
+    return next((base for base in layer_type.__mro__ if base in LAYER_CLASSES), None)
+
+
+@cache
+def _made_class(library_class: type[_Adopting], user_class: type[nn.Module]) -> type[nn.Module]:
+    facts = LAYER_CLASSES[supported_class(user_class)][0]  # type: ignore[index]
+    attributes = {name: getattr(facts, name) for name in ("float_class", "channel_axis", "spatial_dims", "quantizes_input")}
+    attributes["made_from"] = (library_class, user_class)
+    return type(f"{library_class.__name__.lstrip('_')}_{user_class.__name__}", (library_class, user_class), attributes)
+
+
+def _new_like(library_class: type[_Adopting], user_class: type[nn.Module]) -> nn.Module:
+    made = _made_class(library_class, user_class)
+    return made.__new__(made)
+
+
+def _class_for(layer_type: type[nn.Module], *, quantized: bool) -> type[nn.Module]:
+    """Return the class that a layer of ``layer_type`` takes on."""
+    base = supported_class(layer_type)
+    if base is None:
+        known = ", ".join(t.__name__ for t in LAYER_CLASSES)
+        raise ValueError(f"a layer of type {layer_type.__name__} cannot be quantized; these can: {known}")
+    library_class: type[_Adopting] = LAYER_CLASSES[base][int(quantized)]
+    if layer_type is base:
+        return library_class
+    if layer_type.forward is not base.forward:
+        library_class = _QuantizedOwnForward if quantized else _OwnForward
+    return _made_class(library_class, layer_type)
+
+
+def float_type(layer: nn.Module) -> type[nn.Module]:
+    """Return the class that ``layer`` had before it was prepared or converted."""
+    if isinstance(layer, _Adopting):
+        return layer.made_from[1] if layer.made_from is not None else layer.float_class
+    return type(layer)
+
+
+def make_qat(layer: nn.Module, weight: QuantizationConfig, activation: QuantizationConfig | None, name: str) -> None:
+    """Turn a float layer into its fake-quantized counterpart, in place.
+
+    Args:
+        layer: of a registered class, or of a subclass of one.
+        weight: how its weight is quantized.
+        activation: how its input is quantized; None means weight-only.
+        name: of the layer, for messages.
+    """
+    qat_class = _class_for(type(layer), quantized=False)
+    tensor = layer.weight
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"layer {name!r} is lazy and has no weight yet; run one batch through the model first")
+    if issubclass(qat_class, _OwnForward) and isinstance(getattr(type(layer), "weight", None), property):
+        raise ValueError(
+            f"layer {name!r} has a forward of its own and a parametrized weight, which cannot be quantized "
+            f"together; leave it in float with LayerRule({name!r})"
+        )
+    facts: Any = qat_class
+    weight_quantizer = WeightQuantizer(weight, tensor, name, facts.channel_axis)
+    input_quantizer = None
+    if activation is not None and facts.quantizes_input:
+        input_quantizer = ActivationQuantizer(activation, name, facts.spatial_dims).to(tensor.device)
+    layer.__class__ = qat_class
+    layer.register_module("weight_quantizer", weight_quantizer)
+    layer.register_module("input_quantizer", input_quantizer)
+    for quantizer in (weight_quantizer, input_quantizer):
+        if quantizer is not None:
+            quantizer.train(layer.training)
+
+
+def shallow_copy_into(target: nn.Module, layer: nn.Module) -> None:
+    """Give ``target`` the parameters, buffers, hooks and attributes of ``layer``; the tensors are shared."""
+    for key, value in layer.__dict__.items():
+        target.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+
+
+def make_quantized(
+    layer: nn.Module,
+    weight_format: TensorFormat,
+    input_format: TensorFormat | None,
+    tensors: dict[str, Tensor | None],
+    weight_shape: torch.Size,
+    weight_dtype: torch.dtype,
+) -> None:
+    """Turn a float layer into its converted counterpart, in place.
+
+    Args:
+        layer: a float layer (not a prepared one).
+        weight_format, input_format: how to read the tensors.
+        tensors: ``weight_packed``, ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``.
+        weight_shape, weight_dtype: of the float weight.
+    """
+    quantized_class = _class_for(type(layer), quantized=True)
+    for holder in (layer._parameters, layer._buffers, layer.__dict__):
+        holder.pop("weight", None)
+    layer.__class__ = quantized_class
+    for name, tensor in tensors.items():
+        layer.register_buffer(name, tensor)
+    facts: Any = layer
+    facts.weight_format, facts.input_format = weight_format, input_format
+    facts.weight_shape, facts.weight_dtype = torch.Size(weight_shape), weight_dtype
+    if layer._parameters.get("bias") is not None:
+        layer.bias.requires_grad_(False)
+
+
+def unmake_qat(layer: QATLayer) -> None:
+    """Turn a prepared layer back into the float layer it was, in place."""
+    layer.__class__ = float_type(layer)
+    del layer._modules["weight_quantizer"], layer._modules["input_quantizer"]

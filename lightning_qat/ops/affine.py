@@ -1,0 +1,148 @@
+"""Integer codes and back: choosing scale and zero point, quantizing, dequantizing.
+
+Pure functions of tensors that trace under ``torch.compile`` and run on any device. The grid and the
+arithmetic are those of :func:`lightning_qat.ops.fake_quantize.fake_quantize`:
+``dequantize_affine(quantize_affine(x, ...), ...)`` equals it exactly, for every granularity and dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_qat.ops.fake_quantize import quant_range, resolve_grid, round_to_codes
+from lightning_qat.ops.layout import match_layout, resolve_layout, view_parameter, view_runs
+
+_FLOAT32 = torch.finfo(torch.float32)
+
+
+def choose_scale_zero_point(low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the scale and zero point of the grid that covers ``low`` to ``high``.
+
+    The range is widened to contain 0.0, which thus always has a code of its own. Symmetric grids cover
+    ``+-max(-low, high)``: 8 bits and more with scale ``absmax / (2**(bits-1) - 1)``, fewer with
+    ``absmax / (2**(bits-1) - 0.5)`` (as compressed-tensors). A range of zero width gives scale 1.0;
+    one reaching infinity is cut at the largest float32.
+
+    Args:
+        low: smallest values, any shape and dtype, in the units of the values.
+        high: largest values, shaped as ``low``.
+        bits: 2 to 16.
+        symmetric: codes around zero.
+
+    Returns:
+        The scale, float32 shaped as ``low``, at least the smallest normal float32; and the zero point,
+        int32 of the same shape in ``0 .. 2**bits - 1``, or None if symmetric.
+
+    Raises:
+        ValueError: if the shapes differ or ``bits`` is out of range.
+    """
+    if low.shape != high.shape:
+        raise ValueError(f"low has shape {tuple(low.shape)} and high {tuple(high.shape)}; they must be equal")
+    quant_min, quant_max = quant_range(bits, symmetric)
+    low = low.to(torch.float32).clamp(_FLOAT32.min, 0.0)
+    high = high.to(torch.float32).clamp(0.0, _FLOAT32.max)
+    if symmetric:
+        absmax = torch.maximum(-low, high)
+        scale = _divide(absmax, quant_max if bits >= 8 else quant_max + 0.5)
+        empty = absmax == 0
+    else:
+        # high - low may overflow; their quotients do not.
+        scale = _divide(high, quant_max) - _divide(low, quant_max)
+        empty = high == low
+    scale = torch.where(empty, 1.0, scale.clamp_min(_FLOAT32.tiny))
+    if symmetric:
+        return scale, None
+    zero_point = torch.round(-low / scale).clamp(quant_min, quant_max)
+    # NaN has no integer: what it becomes differs between devices.
+    return scale, torch.nan_to_num(zero_point, nan=0.0).to(torch.int32)
+
+
+def _divide(values: Tensor, divisor: float) -> Tensor:
+    # Not by the Python number: on a GPU, PyTorch would multiply by its reciprocal, giving other scales than a CPU.
+    return values / torch.full_like(values, divisor)
+
+
+def quantize_affine(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    bits: int,
+    symmetric: bool,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """Return the integer codes of ``x``; arguments and errors as in ``fake_quantize``.
+
+    NaN has no code: it becomes that of 0.0.
+
+    Returns:
+        Codes with the shape and strides of ``x``, in the dtype of :func:`codes_dtype`.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; use a floating-point dtype")
+    quant_min, quant_max = resolve_grid(zero_point, bits, symmetric)
+    op_axis, group = resolve_layout(x, scale, zero_point, axis, group_size)
+    dtype = codes_dtype(bits, symmetric)
+    if x.numel() == 0:
+        return torch.empty_like(x, dtype=dtype)
+    values = view_runs(x, group).to(torch.float32)
+    step = view_parameter(scale, x.dim(), op_axis, group)
+    zero = torch.zeros_like(step) if zero_point is None else view_parameter(zero_point, x.dim(), op_axis, group)
+    zero = torch.round(zero)
+    codes = round_to_codes(values, step, zero, quant_min, quant_max)
+    codes = torch.where(codes.isnan(), zero.clamp(quant_min, quant_max), codes)
+    return match_layout(codes.to(dtype).reshape(x.shape), x)
+
+
+def dequantize_affine(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return ``(codes - round(zero_point)) * scale``, computed in float32.
+
+    Args:
+        codes: integers up to 16 bits, any shape and strides.
+        scale: see ``fake_quantize``.
+        zero_point: shaped as ``scale``; None is 0.
+        axis: see ``fake_quantize``.
+        group_size: see ``fake_quantize``.
+        dtype: of the result, floating point.
+
+    Returns:
+        Values with the shape and strides of ``codes``.
+
+    Raises:
+        TypeError: if ``scale`` or ``zero_point`` is no tensor.
+        ValueError: if a dtype, shape, device or number does not fit, naming what is allowed.
+    """
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"codes have dtype {codes.dtype}; use an integer dtype")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not allowed; use a floating-point dtype")
+    op_axis, group = resolve_layout(codes, scale, zero_point, axis, group_size)
+    if codes.numel() == 0:
+        return torch.empty_like(codes, dtype=dtype)
+    values = view_runs(codes, group).to(torch.float32)
+    if zero_point is not None:
+        values = values - torch.round(view_parameter(zero_point, codes.dim(), op_axis, group))
+    values = values * view_parameter(scale, codes.dim(), op_axis, group)
+    return match_layout(values.to(dtype).reshape(codes.shape), codes)
+
+
+def codes_dtype(bits: int, signed: bool) -> torch.dtype:
+    """Return the dtype of unpacked codes: int8 or uint8 up to 8 bits, int16 or int32 up to 16.
+
+    Raises:
+        ValueError: if ``bits`` is not an integer from 2 to 16.
+    """
+    quant_range(bits, signed)
+    if bits <= 8:
+        return torch.int8 if signed else torch.uint8
+    return torch.int16 if signed else torch.int32

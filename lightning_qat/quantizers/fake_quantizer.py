@@ -1,0 +1,326 @@
+"""Modules that hold the quantization state of a weight or an activation while a model trains.
+
+The phase (observing, quantizing, frozen) and the bits are Python attributes, saved as extra state: a
+tensor flag read in ``forward`` would break ``torch.compile(fullgraph=True)`` and synchronize a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.config import QuantizationConfig, check_int
+from lightning_qat.quantizers.observers import make_observer
+from lightning_qat.quantizers.state import QuantizationState
+from lightning_qat.schemes import Scheme, TensorFormat, get_scheme
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is running: activation checkpointing then repeats a forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.no_grad()
+def dynamic_parameters(x: Tensor, fmt: TensorFormat, spatial_dims: int | None) -> tuple[Tensor, Tensor, TensorFormat]:
+    """Return scale, zero point and format of the range of every token, found now.
+
+    Args:
+        x: a layer's input, ``[..., features]``, or a convolution's, ``[N, C, *spatial]`` or ``[C, *spatial]``.
+        fmt: bits and symmetry.
+        spatial_dims: of a convolution, whose ranges are per sample; None is per token.
+    """
+    dims, keep = [-1], True
+    if spatial_dims is not None:
+        batched = x.dim() == spatial_dims + 2
+        dims, keep = list(range(1 if batched else 0, x.dim())), False
+        fmt = replace(fmt, axis=0 if batched else None)
+    low, high = (bound.float() for bound in (x.amin(dims, keepdim=keep), x.amax(dims, keepdim=keep)))
+    return *get_scheme(fmt.scheme).parameters(low, high, fmt), fmt
+
+
+class FakeQuantizer(QuantizationState):
+    """What the quantizers of weights and activations share: phase, bits, format.
+
+    Attributes:
+        name: of the layer, for messages.
+        observing: learn the range from training batches.
+        quantizing: fake-quantize; otherwise the value passes through in float.
+        frozen: the scale stands still.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, config: QuantizationConfig, name: str, scale_shape: tuple[int, ...], fmt: TensorFormat) -> None:
+        super().__init__()
+        self.config = config
+        self.name = name
+        self.observing = True
+        self.quantizing = True
+        self.frozen = False
+        self._format = fmt
+        self.register_buffer("scale", torch.ones(scale_shape, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32))
+
+    @property
+    def scheme(self) -> Scheme:
+        """The number format's implementation."""
+        return get_scheme(self._format.scheme)
+
+    @property
+    def format(self) -> TensorFormat:
+        """How codes made now are to be read."""
+        return self._format
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self._format.bits
+
+    def _set_bits(self, bits: int) -> None:
+        self._format = replace(self._format, bits=check_int("bits", bits, 2, 16))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits,
+            "observing": self.observing,
+            "quantizing": self.quantizing,
+            "frozen": self.frozen,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._set_bits(int(state["bits"]))
+        self.observing = bool(state["observing"])
+        self.quantizing = bool(state["quantizing"])
+        self.frozen = bool(state["frozen"])
+
+    def _store(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def extra_repr(self) -> str:
+        fmt = self._format
+        parts = [fmt.scheme, f"bits={fmt.bits}", "symmetric" if fmt.symmetric else "asymmetric"]
+        if fmt.axis is not None:
+            parts.append(f"axis={fmt.axis}")
+        if fmt.group_size is not None:
+            parts.append(f"group_size={fmt.group_size}")
+        return ", ".join(parts)
+
+
+class WeightQuantizer(FakeQuantizer):
+    """Fake-quantizes a weight, its scale a function of the weight until frozen.
+
+    A scale that is a pure function of the weight needs no history: evaluation and conversion see the
+    scale of the weight as it is, and a resumed run cannot differ. Freezing writes the scale of that
+    moment into the buffers; from then on they are the scale.
+
+    Args:
+        config: how to quantize.
+        weight: the weight, of any shape.
+        name: of the layer.
+        axis: dimension of the output channels.
+    """
+
+    def __init__(self, config: QuantizationConfig, weight: Tensor, name: str, axis: int = 0) -> None:
+        rows = weight.numel() // max(weight.shape[0], 1)
+        shape: tuple[int, ...] = ()
+        if config.group_size is not None:
+            self._check_group(config.group_size, rows, axis, name)
+            shape = (weight.shape[0], rows // config.group_size)
+        elif config.per_channel:
+            shape = (weight.shape[axis],)
+        fmt = TensorFormat(
+            scheme=str(config.scheme),
+            bits=int(config.bits or 8),
+            symmetric=config.symmetric,
+            axis=axis if config.per_channel and config.group_size is None else None,
+            group_size=config.group_size,
+        )
+        super().__init__(config, name, shape, fmt)
+        #: Name of the BatchNorm this layer is folded into: None is undecided, "" is none.
+        self.folded_norm: str | None = None
+        self.to(weight.device)
+        if not weight.is_meta:
+            self._store(*self._derive(weight))
+
+    @staticmethod
+    def _check_group(group_size: int, row: int, axis: int, name: str) -> None:
+        if axis != 0:
+            raise ValueError(f"group_size={group_size} is not available for transposed convolutions (layer {name!r}); use per_channel=True")
+        if row % group_size:
+            divisors = [d for d in range(min(group_size, row), 0, -1) if row % d == 0][:2]
+            ways = " or ".join(str(d) for d in divisors)
+            raise ValueError(
+                f"group_size must divide in_features: {row} % {group_size} != 0 (layer {name!r}); use group_size={ways}"
+            )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "folded_norm": self.folded_norm}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.folded_norm = state["folded_norm"]
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """Return ``weight`` as ``[number of scales, elements that share one]``."""
+        fmt = self._format
+        if fmt.group_size is not None:
+            return weight.reshape(-1, fmt.group_size)
+        if fmt.axis is None:
+            return weight.reshape(1, -1)
+        return weight.movedim(fmt.axis, 0).reshape(weight.shape[fmt.axis], -1)
+
+    @torch.no_grad()
+    def _derive(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._rows(weight)
+        shape = (weight.shape[0], *self.scale.shape[1:]) if self.scale.dim() and self._format.axis != 1 else self.scale.shape
+        if (self.config.observer or "min_max") != "min_max":
+            observer = make_observer(str(self.config.observer), num_channels=rows.shape[0], layer_name=self.name)
+            observer.to(rows.device).update(rows)
+            scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
+            return scale.reshape(shape), zero_point.reshape(shape)
+        if self._format.symmetric:
+            # One pass without a copy of |w|; NaN and inf come out as they are.
+            high = torch.linalg.vector_norm(rows, float("inf"), dim=1, dtype=torch.float32).reshape(shape)
+            low = -high
+        else:
+            low, high = (bound.float().reshape(shape) for bound in (rows.amin(1), rows.amax(1)))
+        return self.scheme.parameters(low, high, self._format)
+
+    def parameters_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(scale, zero_point)`` that ``weight`` is quantized with now."""
+        return (self.scale, self.zero_point) if self.frozen else self._derive(weight)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the integer codes of ``weight``, in its shape: what conversion stores."""
+        return self.scheme.quantize(weight.detach(), *self.parameters_for(weight), self._format)
+
+    def set_bits(self, bits: int, weight: Tensor) -> None:
+        """Change the bits and derive the scale again, also when frozen."""
+        if bits != self.bits:
+            self._set_bits(bits)
+            self._store(*self._derive(weight))
+
+    def set_frozen(self, frozen: bool, weight: Tensor) -> None:
+        """Let the scale stand still at that of ``weight``, or follow the weight again."""
+        if frozen and not self.frozen:
+            self._store(*self._derive(weight))
+        self.frozen = frozen
+
+    def fake_quantize_rows(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Fake-quantize rows gathered from ``weight``: an embedding touches few of its rows.
+
+        Args:
+            rows: ``[*index.shape, features]``.
+            index: which rows of ``weight`` they are.
+            weight: the whole table.
+        """
+        if not self.quantizing or not rows.numel():
+            return rows
+        fmt, flat = self._format, rows.reshape(-1, rows.shape[-1])
+        if fmt.axis is None and fmt.group_size is None:
+            scale, zero_point = self.parameters_for(weight)
+        elif self.frozen:
+            scale, zero_point = self.scale[index.reshape(-1)], self.zero_point[index.reshape(-1)]
+        else:
+            scale, zero_point = self._derive(flat)
+        return self.scheme.fake_quantize(flat, scale, zero_point, fmt).reshape(rows.shape)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.quantizing:
+            return weight
+        return self.scheme.fake_quantize(weight, *self.parameters_for(weight), self._format)
+
+
+class ActivationQuantizer(FakeQuantizer):
+    """Fake-quantizes the input of a layer with an observed range, or one found for every token.
+
+    Args:
+        config: how to quantize.
+        name: of the layer.
+        spatial_dims: of a convolution's input; its dynamic ranges are per sample. None is per token.
+    """
+
+    def __init__(self, config: QuantizationConfig, name: str, spatial_dims: int | None = None) -> None:
+        if config.per_channel or config.group_size is not None:
+            raise ValueError(
+                f"per_channel and group_size are for weights (input of layer {name!r}); "
+                "use a per-tensor config, or QuantizationConfig('dynamic') for per-token ranges"
+            )
+        fmt = TensorFormat(
+            str(config.scheme), int(config.bits or 8), config.symmetric, dynamic=config.dynamic
+        )
+        super().__init__(config, name, (), fmt)
+        self.spatial_dims = spatial_dims
+        self.calibrating = False
+        self.calibrated = config.dynamic
+        self.observer = None
+        if not config.dynamic:
+            self.observer = make_observer(
+                config.observer or "moving_average", momentum=config.observer_momentum, layer_name=name
+            )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "calibrated": self.calibrated}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.calibrated = bool(state["calibrated"])
+
+    def set_bits(self, bits: int) -> None:
+        """Change the bits and derive the scale from the observed range again."""
+        if bits != self.bits:
+            self._set_bits(bits)
+            if self.observer is not None and self.calibrated:
+                self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> tuple[Tensor, Tensor]:
+        """Set scale and zero point from the observed range; return them as fresh tensors."""
+        assert self.observer is not None  # only called where there is one
+        scale, zero_point = self.observer.get_quantization_params(self._format.symmetric, self._format.bits)
+        self._store(scale, zero_point)
+        return scale, zero_point
+
+    def reset(self) -> None:
+        """Forget what was observed."""
+        if self.observer is not None:
+            self.observer.reset()
+            self.calibrated = False
+
+    def _observes_now(self) -> bool:
+        if self.observer is None:
+            return False
+        if self.calibrating:
+            return True
+        learning = self.observing and not self.frozen and self.training and not _in_backward()
+        return learning and (self.observer.follows_training or not self.calibrated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point, fmt = self.scale, self.zero_point, self._format
+        if self._observes_now():
+            self.observer.update(x)  # type: ignore[union-attr]
+            if x.numel():
+                # Fresh tensors go to the op: the buffers may be written again before backward runs
+                # (a layer used twice), which autograd would refuse.
+                self.calibrated = True
+                if not self.calibrating:
+                    scale, zero_point = self.refresh()
+        if not self.quantizing or self.calibrating:
+            return x
+        if not self.calibrated:
+            raise RuntimeError(
+                f"the input of layer {self.name!r} was never observed, so it has no range to quantize with; "
+                "run calibrate(model, batches) or train before evaluating"
+            )
+        if fmt.dynamic and x.numel():
+            scale, zero_point, fmt = dynamic_parameters(x, fmt, self.spatial_dims)
+        return self.scheme.fake_quantize(x, scale, zero_point, fmt)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the integer codes of ``x`` with the calibrated range."""
+        return self.scheme.quantize(x.detach(), self.scale, self.zero_point, self._format)

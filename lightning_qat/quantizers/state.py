@@ -1,0 +1,37 @@
+"""Quantization state that survives dtype casts and loads from checkpoints of float models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class KeepsDtype(nn.Module):
+    """A module whose own buffers keep their dtype and value when the model is cast.
+
+    ``module.half()`` and Lightning's "bf16-true" cast every floating buffer. A scale rounded to
+    bfloat16 is another grid, so buffers here follow to the device only.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class QuantizationState(KeepsDtype):
+    """Quantization state that is optional in a state dict.
+
+    A state dict without any key of this module (a float checkpoint) leaves it fresh instead of being
+    an error; one with some of its keys only is still reported as incomplete.
+    """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

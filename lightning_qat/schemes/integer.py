@@ -1,0 +1,65 @@
+"""Affine integers of 2 to 16 bits: per tensor, channel, group or token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine
+from lightning_qat.ops.fake_quantize import fake_quantize
+from lightning_qat.ops.packing import pack_bits, unpack_bits
+from lightning_qat.schemes.base import Scheme, TensorFormat, _register
+
+
+def _stored_whole(fmt: TensorFormat) -> bool:
+    """Whether the codes fill an integer type of their own: they then keep their shape on disk."""
+    return fmt.bits == 8 or (fmt.bits == 16 and fmt.symmetric)
+
+
+@_register("int8", "int4", "dynamic")
+class IntegerScheme(Scheme):
+    """``value = (code - zero_point) * scale`` on the grids of :func:`lightning_qat.ops.quant_range`."""
+
+    def parameters(self, low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
+        scale, zero_point = choose_scale_zero_point(low, high, bits=fmt.bits, symmetric=fmt.symmetric)
+        if zero_point is None:
+            zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        return scale, zero_point
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+        return fake_quantize(
+            x,
+            scale,
+            None if fmt.symmetric else zero_point,
+            bits=fmt.bits,
+            symmetric=fmt.symmetric,
+            axis=fmt.axis,
+            group_size=fmt.group_size,
+        )
+
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+        return quantize_affine(
+            x,
+            scale,
+            None if fmt.symmetric else zero_point,
+            bits=fmt.bits,
+            symmetric=fmt.symmetric,
+            axis=fmt.axis,
+            group_size=fmt.group_size,
+        )
+
+    def dequantize(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat, dtype: torch.dtype
+    ) -> Tensor:
+        zero = None if fmt.symmetric else zero_point
+        return dequantize_affine(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size, dtype=dtype)
+
+    def pack(self, codes: Tensor, fmt: TensorFormat) -> Tensor:
+        if _stored_whole(fmt):
+            return codes.clone()
+        return pack_bits(codes, fmt.bits, signed=fmt.symmetric)
+
+    def unpack(self, packed: Tensor, shape: torch.Size, fmt: TensorFormat) -> Tensor:
+        if _stored_whole(fmt):
+            return packed.reshape(shape)
+        return unpack_bits(packed, fmt.bits, shape, signed=fmt.symmetric)

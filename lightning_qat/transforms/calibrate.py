@@ -1,0 +1,105 @@
+"""Learning activation ranges from batches, without gradients and without training anything."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
+from lightning_qat.transforms.fuse import watch_folds
+from lightning_qat.transforms.prepare import qat_layers
+
+logger = logging.getLogger(__name__)
+
+
+def static_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    """Return the quantizers of ``model`` that need a calibrated range."""
+    inputs = (layer.input_quantizer for _, layer in qat_layers(model))
+    return [quantizer for quantizer in inputs if quantizer is not None and quantizer.observer is not None]
+
+
+@contextlib.contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Observe every forward run inside, in evaluation mode; ranges are set on leaving.
+
+    Ranges learned before are forgotten. The training mode of every module is put back.
+    """
+    quantizers = static_quantizers(model)
+    modes = {module: module.training for module in model.modules()}
+    weights = [layer.weight_quantizer for _, layer in qat_layers(model)]
+    quantized = [quantizer.quantizing for quantizer in weights]
+    try:
+        model.eval()
+        for quantizer in quantizers:
+            quantizer.reset()
+            quantizer.calibrating = True
+        for quantizer_ in weights:
+            quantizer_.quantizing = False
+        with torch.no_grad():
+            yield
+        for quantizer in quantizers:
+            if quantizer.calibrated:
+                quantizer.refresh()
+    finally:
+        for quantizer in quantizers:
+            quantizer.calibrating = False
+        for quantizer_, flag in zip(weights, quantized, strict=True):
+            quantizer_.quantizing = flag
+        for module, training in modes.items():
+            module.training = training
+    unseen = [quantizer.name for quantizer in quantizers if not quantizer.calibrated]
+    if unseen:
+        logger.warning("calibration never reached these layers, which have no range yet: %s", ", ".join(unseen))
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    raise ValueError(
+        f"a calibration batch of type {type(batch).__name__} cannot be passed to the model; "
+        "use a tensor, a tuple, a dict, or say how with forward=lambda model, batch: ..."
+    )
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> nn.Module:
+    """Set the activation ranges of a prepared model from batches of data.
+
+    The model runs in float, in evaluation mode and without gradients; its parameters, BatchNorm
+    statistics and training mode stay as they are.
+
+    Args:
+        model: a prepared model.
+        batches: an iterable of tensors, tuples of positional or dicts of keyword arguments.
+        forward: called as ``forward(model, batch)`` instead, for anything else.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if the model is not prepared, ``batches`` is empty, or a batch holds NaN or inf.
+    """
+    if not any(True for _ in qat_layers(model)):
+        raise ValueError(f"{type(model).__name__} has no prepared layer to calibrate; call prepare(model, plan) first")
+    run = forward or _call
+    iterator = iter(batches)
+    first = list(itertools.islice(iterator, 1))
+    if not first:  # found out before the ranges learned earlier are forgotten
+        raise ValueError("calibration got no batch; give calibrate(model, batches) at least one")
+    with torch.compiler.set_stance("force_eager"), calibrating(model):
+        with watch_folds(model):
+            run(model, first.pop())
+        for batch in iterator:
+            run(model, batch)
+    return model

@@ -1,0 +1,192 @@
+"""trained model -> new model holding packed integers: the fake quantizer's own codes, carried over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from lightning_qat.nn import FoldedBatchNorm, QATLayer
+from lightning_qat.nn.layer import make_quantized, unmake_qat
+from lightning_qat.nn.norm import norm_factor_and_shift
+from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
+from lightning_qat.schemes import TensorFormat, get_scheme
+from lightning_qat.transforms.fuse import trace_folds
+from lightning_qat.transforms.prepare import _PLAN, copy_model, leave_fast_paths, qat_layers
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _copy_without_weights(model: ModelT) -> ModelT:
+    """Deep-copy ``model``; weights that only prepared layers own are not copied, they become codes."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(module))
+    memo: dict[int, Any] = {}
+    prepared = {id(layer): layer for _, layer in qat_layers(model)}
+    for layer in prepared.values():
+        weight = layer._parameters.get("weight")
+        if weight is not None and owners[id(weight)] <= prepared.keys():
+            memo[id(weight)] = weight
+    return copy_model(model, memo)
+
+
+def _local_name(layer_name: str, quantizer_name: str, norm_name: str) -> str:
+    """Translate ``norm_name`` from the model that was prepared to the one being converted.
+
+    A LightningModule may be prepared and its ``model`` attribute converted, or the other way round.
+    """
+    if quantizer_name.endswith(layer_name):
+        return norm_name.removeprefix(quantizer_name[: len(quantizer_name) - len(layer_name)])
+    return layer_name[: len(layer_name) - len(quantizer_name)] + norm_name
+
+
+def _norm_of(model: nn.Module, name: str, layer: QATLayer) -> nn.Module | None:
+    folded = layer.weight_quantizer.folded_norm
+    if not folded:
+        return None
+    local = _local_name(name, layer.weight_quantizer.name, folded)
+    try:
+        return model.get_submodule(local)
+    except AttributeError:
+        raise ValueError(
+            f"layer {name!r} takes in the BatchNorm {folded!r}, which {type(model).__name__} does not hold; "
+            "convert the whole model that was prepared"
+        ) from None
+
+
+def _fold_into_codes(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, factor: Tensor, fmt: TensorFormat
+) -> tuple[Tensor, Tensor, Tensor, TensorFormat]:
+    """Multiply a weight, given as codes, by ``factor`` per output channel without quantizing it anew.
+
+    The scale takes ``|factor|`` and the codes its sign. Where a code has no negative (the lowest of a
+    full-range grid), the scale keeps the sign. A channel whose factor is 0 gets codes of value 0.
+    """
+    axis = fmt.axis or 0
+    if fmt.group_size is None:
+        scale = scale.expand(factor.numel()).clone()
+        zero_point = zero_point.expand(factor.numel()).clone()
+        fmt = replace(fmt, axis=axis)
+    by_row = factor.view(-1, *[1] * (scale.dim() - 1))
+    by_channel = [1] * codes.dim()
+    by_channel[axis] = -1
+    top = 0 if fmt.symmetric else 2**fmt.bits - 1
+    flipped = (top - codes.to(torch.int32)).clamp_(max=2 ** (fmt.bits - 1) - 1 if fmt.symmetric else top)
+    exact = (top - flipped == codes.to(torch.int32)).transpose(0, axis).flatten(1).all(1)
+    flips = (factor < 0) & exact.to(factor.device)
+    codes = torch.where(flips.view(by_channel), flipped.to(codes.dtype), codes)
+    flips_row = flips.view(by_row.shape)
+    zero_point = torch.where(flips_row, top - zero_point, zero_point)
+    sign = torch.where(by_row < 0, torch.where(flips_row, 1.0, -1.0), 1.0)
+    folded = (scale.double() * by_row.abs()).float()
+    dead = folded < _TINY
+    scale = torch.where(dead, scale, folded * sign.float())
+    if dead.any():
+        nothing = zero_point.expand(scale.shape)
+        rows = codes.transpose(0, axis).reshape(*scale.shape, -1)
+        rows = torch.where(dead.unsqueeze(-1), nothing.unsqueeze(-1).to(codes.dtype), rows)
+        codes = rows.reshape(codes.transpose(0, axis).shape).transpose(0, axis).contiguous()
+    return codes, scale, zero_point, fmt
+
+
+def _input_tensors(quantizer: ActivationQuantizer | None, name: str) -> tuple[TensorFormat | None, dict[str, Tensor | None]]:
+    if quantizer is None:
+        return None, {"input_scale": None, "input_zero_point": None}
+    if not quantizer.calibrated:
+        raise ValueError(
+            f"the input of layer {name!r} was never observed, so it has no range to convert with; run "
+            f"calibrate(model, batches), or leave the layer in float with LayerRule({name!r})"
+        )
+    if quantizer.format.dynamic:
+        return quantizer.format, {"input_scale": None, "input_zero_point": None}
+    return quantizer.format, {"input_scale": quantizer.scale.clone(), "input_zero_point": quantizer.zero_point.clone()}
+
+
+def _float_weight(layer: QATLayer) -> Tensor:
+    """Return the weight that the layer computes with; detaches pruning and parametrizations."""
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        index = torch.arange(weight.shape[0], device=weight.device)
+        weight = torch.embedding_renorm_(weight.clone(), index, layer.max_norm, layer.norm_type)
+    return weight
+
+
+def _strip_reparametrization(layer: nn.Module) -> None:
+    """Replace computed tensors of a copied layer by their values."""
+    if parametrize.is_parametrized(layer):
+        # ``remove_parametrizations`` deletes the property from the class, which the original shares.
+        values = {name: getattr(layer, name).detach() for name in layer.parametrizations}  # type: ignore[union-attr]
+        layer.__class__ = type(layer).__bases__[0]
+        del layer._modules["parametrizations"]
+        for name, value in values.items():
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    if prune.is_pruned(layer) and hasattr(layer, "weight_orig"):
+        prune.remove(layer, "weight")
+
+
+def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
+    weight, quantizer = _float_weight(layer), layer.weight_quantizer
+    scale, zero_point = (t.clone() for t in quantizer.parameters_for(weight))
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"the weight of layer {name!r} holds NaN or inf; train from a checkpoint before it broke")
+    fmt = quantizer.format
+    codes = get_scheme(fmt.scheme).quantize(weight, scale, zero_point, fmt)
+    input_format, tensors = _input_tensors(layer.input_quantizer, name)
+    unmake_qat(layer)
+    _strip_reparametrization(layer)
+    if norm is not None:
+        factor, shift = norm_factor_and_shift(norm, layer.bias)  # type: ignore[arg-type]
+        codes, scale, zero_point, fmt = _fold_into_codes(codes, scale, zero_point, factor, fmt)
+        layer.register_parameter("bias", nn.Parameter(shift.to(weight.dtype), requires_grad=False))
+    packed = get_scheme(fmt.scheme).pack(codes, fmt)
+    tensors |= {"weight_packed": packed, "weight_scale": scale, "weight_zero_point": zero_point}
+    if fmt.symmetric:
+        tensors["weight_zero_point"] = None
+    if input_format is not None and input_format.symmetric:
+        tensors["input_zero_point"] = None
+    make_quantized(layer, fmt, input_format, tensors, weight.shape, weight.dtype)
+
+
+def drop_norm(norm: nn.Module) -> None:
+    """Turn a BatchNorm that was folded into one that passes its input on, in place."""
+    for holder in (norm._parameters, norm._buffers):
+        holder.clear()
+    norm.__class__ = FoldedBatchNorm
+
+
+@torch.no_grad()
+def convert(model: ModelT) -> ModelT:
+    """Return a new model that holds packed integers where ``model`` has prepared layers.
+
+    The codes are those of the fake quantizers, bit for bit; BatchNorm that directly follows a layer is
+    folded by scaling its codes' scale. The result is in evaluation mode, of the same class and call
+    signature. ``model`` is left untouched and can train on.
+
+    Args:
+        model: a prepared ``nn.Module`` or ``LightningModule``.
+
+    Raises:
+        ValueError: if nothing is prepared, an activation was never observed, or a weight is not finite.
+    """
+    original: ModelT = getattr(model, "_orig_mod", model)  # of torch.compile
+    if not any(True for _ in qat_layers(original)):
+        raise ValueError(f"{type(original).__name__} has no prepared layer to convert; call prepare(model, plan) first")
+    converted = _copy_without_weights(original)
+    converted.__dict__.pop(_PLAN, None)
+    trace_folds(converted)
+    layers = [(name, layer, _norm_of(converted, name, layer)) for name, layer in qat_layers(converted)]
+    for name, layer, norm in layers:
+        _convert_layer(name, layer, norm)
+    for _, _, norm in layers:
+        if norm is not None and not isinstance(norm, FoldedBatchNorm):
+            drop_norm(norm)
+    leave_fast_paths(converted)
+    return converted.eval()

@@ -1,0 +1,103 @@
+"""float model -> model that trains with fake quantization, in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
+from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.nn.layer import make_qat, unmake_qat
+from lightning_qat.transforms.match import match_layers
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+#: Where a prepared model keeps its plan.
+_PLAN = "_quantization_plan"
+
+
+def prepared_plan(model: nn.Module) -> QuantizationPlan | None:
+    """Return the plan that ``model`` was prepared with, or None."""
+    return model.__dict__.get(_PLAN)
+
+
+def qat_layers(model: nn.Module) -> Iterator[tuple[str, QATLayer]]:
+    """Yield the names and modules of the prepared layers, each module once."""
+    for name, module in model.named_modules():
+        if isinstance(module, QATLayer):
+            yield name, module
+
+
+def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
+    """Deep-copy ``model``, also one with pruned layers, whose masked weight autograd does not let copy."""
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def leave_fast_paths(model: nn.Module) -> None:
+    """Make ``nn.TransformerEncoderLayer`` call its layers in evaluation too.
+
+    Its fused inference path reads ``linear1.weight`` and never calls the layer, which would evaluate
+    another model than the one that was trained. This flag is read by nothing but that choice.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            quantized = any(isinstance(child, (QATLayer, QuantizedLayer)) for child in module.modules())
+            if quantized:
+                module.activation_relu_or_gelu = 0
+
+
+def prepare(model: ModelT, plan: PlanLike = "int8") -> ModelT:
+    """Prepare ``model`` for quantization-aware training, in place.
+
+    Layers take on their QAT class and keep their identity, parameters and names; a float checkpoint
+    still loads. Preparing again with an equal plan changes nothing.
+
+    Args:
+        model: any ``nn.Module`` or ``LightningModule``.
+        plan: a :class:`QuantizationPlan`, :class:`QATConfig`, :class:`QuantizationConfig`
+            (weight-only) or a preset's name.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if the model is prepared with another plan or converted, if a rule matches nothing,
+            or if a layer cannot have its config.
+    """
+    resolved = resolve_plan(plan)
+    known = prepared_plan(model)
+    if known is not None:
+        if known != resolved:
+            raise ValueError(
+                f"{type(model).__name__} is already prepared with another plan ({known}); "
+                "build a new model, or change bits with set_bits(model, ...)"
+            )
+        return model
+    for name, module in model.named_modules():
+        if isinstance(module, (QATLayer, QuantizedLayer)):
+            state = "prepared" if isinstance(module, QATLayer) else "converted"
+            raise ValueError(f"layer {name!r} of {type(model).__name__} is already {state}; prepare a float model")
+    if resolved.base is not None and resolved.base.learnable_step_size:  # type: ignore[union-attr]
+        raise ValueError("learnable_step_size=True is not available in this version; use learnable_step_size=False")
+    matched = match_layers(model, resolved)
+    layers = dict(model.named_modules())
+    done: list[str] = []
+    try:
+        for name, (weight, activation) in matched.items():
+            make_qat(layers[name], weight, activation, name or type(model).__name__)
+            done.append(name)
+    except ValueError:
+        for name in done:
+            unmake_qat(layers[name])
+        raise
+    leave_fast_paths(model)
+    model.__dict__[_PLAN] = resolved
+    return model

@@ -1,0 +1,129 @@
+"""How a variant of the model does: its test, what it predicted, and its size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from lightning_qat.metrics import Agreement, sqnr
+from lightning_qat.recipes._errors import ConfigError
+from lightning_qat.report import Variant
+
+#: Predictions are compared up to this many numbers (256 MB in float32); more of them say nothing more.
+_MOST_NUMBERS = 2**26
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a test logged, and the outputs ``[N, ..., classes]`` of the model in it, if it had such."""
+
+    metrics: dict[str, float]
+    outputs: Tensor | None
+
+    def variant(
+        self,
+        name: str,
+        bytes_on_disk: int | None,
+        *,
+        like: Measurement | None = None,
+        trained: Measurement | None = None,
+    ) -> Variant:
+        """Return the row of the final table, compared with the float model and the one that was trained."""
+        agreement = None if like is None else self.agreement(like)
+        sqnr_db = None if trained is None else self.sqnr_db(trained)
+        return Variant(name, self.metrics, bytes_on_disk, agreement, sqnr_db)
+
+    def agreement(self, other: Measurement) -> float | None:
+        """Return the share of equal top-1 predictions, or None where they cannot be compared."""
+        if not self._comparable(other):
+            return None
+        metric = Agreement()
+        metric.update(self.outputs, other.outputs)
+        return float(metric.compute())
+
+    def sqnr_db(self, reference: Measurement) -> float | None:
+        """Return the SQNR of these outputs against those of ``reference``, or None where they cannot be compared."""
+        if self.outputs is None or reference.outputs is None or not self._comparable(reference):
+            return None
+        return float(sqnr(reference.outputs, self.outputs))
+
+    def _comparable(self, other: Measurement) -> bool:
+        return self.outputs is not None and other.outputs is not None and self.outputs.shape == other.outputs.shape
+
+
+def measure(task: L.LightningModule, data: L.LightningDataModule, trainer: L.Trainer, *, seed: int) -> Measurement:
+    """Test ``task``; every variant sees the same batches in the same order, even where the loader shuffles."""
+    L.seed_everything(seed, workers=True, verbose=False)
+    run = getattr(trainer, evaluation_step(task, data))
+    with _recorded_outputs(task) as recorded:
+        logged = run(task, datamodule=data, verbose=False)
+    metrics = {name: float(value) for loader in logged for name, value in loader.items()}
+    found = [outputs for outputs in (one.joined() for one in recorded) if outputs is not None]
+    return Measurement(metrics, found[0] if found else None)
+
+
+def evaluation_step(task: L.LightningModule, data: L.LightningDataModule) -> str:
+    """Return ``"test"``, or ``"validate"`` where the task or the data cannot test.
+
+    Raises:
+        ConfigError: neither is possible.
+    """
+    for verb, step, loader in (
+        ("test", "test_step", "test_dataloader"),
+        ("validate", "validation_step", "val_dataloader"),
+    ):
+        if is_overridden(step, task, L.LightningModule) and is_overridden(loader, data, L.LightningDataModule):
+            return verb
+    names = f"{type(task).__name__} and {type(data).__name__}"
+    raise ConfigError(f"{names} need test_step and test_dataloader, or validation_step and val_dataloader")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class _Outputs:
+    """Outputs of one module's forward, batch after batch, on the CPU."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+        self._numbers = 0
+        self._usable = True
+
+    def add(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Keep an output; one that is no batch of float vectors makes all of them useless."""
+        if not isinstance(output, Tensor) or output.dim() < 2 or not output.is_floating_point():
+            self._usable = False
+        elif self._numbers < _MOST_NUMBERS:
+            self._numbers += output.numel()
+            self._batches.append(output.detach().float().cpu())
+
+    def joined(self) -> Tensor | None:
+        """Return all of them along the batch, or None."""
+        if not self._usable or not self._batches or len({batch.shape[1:] for batch in self._batches}) > 1:
+            return None
+        return torch.cat(self._batches)
+
+
+@contextmanager
+def _recorded_outputs(task: nn.Module) -> Iterator[list[_Outputs]]:
+    """Record what the task's forward returns, and what its network does where a step calls that one instead."""
+    networks = [child for child in task.children() if any(True for _ in child.parameters())]
+    recorded, handles = [], []
+    for module in [task, *(networks if len(networks) == 1 else [])]:
+        recorded.append(_Outputs())
+        handles.append(module.register_forward_hook(recorded[-1].add))
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()

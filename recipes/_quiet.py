@@ -1,0 +1,43 @@
+"""What a recipe leaves out of its output: notices that say nothing about the run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MEANINGLESS = (
+    r".*does not have many workers.*",  # the images are in memory
+    r".*sampler has shuffling enabled.*",  # calibration reads the shuffled training loader on purpose
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # between Lightning and PyTorch
+)
+
+
+class _EachOnce(logging.Filter):
+    """Lets each notice through once: a recipe has four Trainers on the same devices. Advertisements never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self._seen and "Tip:" not in message
+        self._seen.add(message)
+        return new or record.levelno >= logging.WARNING
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what is meaningless, for as long as the context lasts."""
+    notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    each_once = _EachOnce()
+    notices.addFilter(each_once)
+    try:
+        with warnings.catch_warnings():
+            for message in _MEANINGLESS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        notices.removeFilter(each_once)

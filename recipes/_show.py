@@ -1,0 +1,28 @@
+"""The end of a recipe: the table on the terminal, the same as JSON and as a picture."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_qat.recipes._files import PICTURE, RESULTS
+from lightning_qat.report import Variant, draw_results, results_table, write_results
+
+logger = logging.getLogger(__name__)
+
+
+def show(variants: Sequence[Variant], folder: Path, **facts: Any) -> None:
+    """Print the table and write ``results.json`` (with ``facts``) and ``results.png`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(variants, folder / RESULTS, **facts)
+    console = Console()
+    try:
+        draw_results(variants, folder / PICTURE)
+    except ModuleNotFoundError as error:
+        logger.warning("no picture: %s", error)
+    console.print(results_table(variants))
+    console.print(f"Everything is in {folder}", soft_wrap=True)

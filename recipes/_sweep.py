@@ -1,0 +1,36 @@
+"""A sweep is checked as a whole before its first job trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from lightning_qat.recipes._build import check
+from lightning_qat.recipes._errors import ConfigError
+
+
+def check_sweep() -> None:
+    """In the first job of ``-m``, check the configs of all the others.
+
+    Raises:
+        ConfigError: one of them is wrong; the message says which.
+    """
+    this = HydraConfig.get()
+    if this.mode is not RunMode.MULTIRUN or this.job.num != 0:
+        return
+    if not this.sweeper._target_.endswith(BasicSweeper.__name__):
+        return  # other sweepers choose the later jobs by the results of the earlier
+    sweep = OmegaConf.load(Path(this.sweep.dir) / "multirun.yaml")
+    overrides = OverridesParser.create().parse_overrides(list(sweep.hydra.overrides.task))
+    for batch in BasicSweeper.split_arguments(overrides, None):
+        for job in batch:
+            try:
+                check(hydra.compose(this.job.config_name, job))
+            except ConfigError as error:
+                raise ConfigError(f"job {' '.join(job)}: {error}") from error

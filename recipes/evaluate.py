@@ -1,0 +1,61 @@
+"""Test the float model and the quantized one of an earlier run, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from lightning_qat.recipes._build import make_data, make_task, make_test_trainer
+from lightning_qat.recipes._errors import ConfigError
+from lightning_qat.recipes._files import FLOAT_WEIGHTS, MODEL, load_config, load_weights
+from lightning_qat.recipes._measure import folder_bytes, measure
+from lightning_qat.recipes._show import show
+from lightning_qat.report import Variant
+from lightning_qat.transforms import QuantizedFileError, load_quantized
+
+
+def evaluate(cfg: DictConfig) -> list[Variant]:
+    """Return how the float and the quantized model do.
+
+    The classes that ``config.yaml`` of the run names are imported: evaluate only runs that you trust.
+    """
+    folder, model_path = run_folder(Path(cfg.model_path).expanduser())
+    trained = load_config(folder)
+    if trained.threads is not None:
+        torch.set_num_threads(trained.threads)
+    trainer = make_test_trainer(cfg)
+    data = make_data(trained.data, **cfg.data)
+
+    float_task = make_task(trained.task)
+    load_weights(float_task, folder / FLOAT_WEIGHTS)
+    float_test = measure(float_task, data, trainer, seed=trained.seed)
+
+    try:
+        quantized = load_quantized(model_path, make_task(trained.task))
+    except QuantizedFileError as error:
+        raise ConfigError(str(error)) from error
+    quantized_test = measure(quantized, data, trainer, seed=trained.seed)
+
+    variants = [
+        float_test.variant("float", (folder / FLOAT_WEIGHTS).stat().st_size),
+        quantized_test.variant("quantized", folder_bytes(model_path), like=float_test),
+    ]
+    show(variants, Path(cfg.output_dir), model_path=str(model_path))
+    return variants
+
+
+def run_folder(path: Path) -> tuple[Path, Path]:
+    """Return the folder of the run and of its model, given either."""
+    if not path.is_dir():
+        raise ConfigError(f"model_path={str(path)!r} is no folder; give the one that `lightning-qat train` wrote")
+    path = path.resolve()
+    return (path, path / MODEL) if (path / MODEL).is_dir() else (path.parent, path)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_qat.conf", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Run ``lightning-qat evaluate``."""
+    evaluate(cfg)
