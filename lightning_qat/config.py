@@ -1,15 +1,11 @@
-"""What to quantize and how: frozen, keyword-only values, checked when they are made.
-
-Everything here is a plain value. A config travels downwards and stops at ``nn``; the ops get
-tensors and numbers.
-"""
+"""What to quantize and how: frozen, keyword-only values, checked when they are made."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -25,7 +21,7 @@ if TYPE_CHECKING or sys.version_info < (3, 11):
 else:
     from enum import StrEnum
 
-#: An optimizer step (``1000``), a fraction of the run (``0.3``) or epochs (``"3 epochs"``).
+#: An optimizer step (``1000``), a fraction of the run (``0.3``), epochs (``"3 epochs"``).
 Step: TypeAlias = Union[int, float, str]
 
 
@@ -43,24 +39,17 @@ class QuantizationScheme(StrEnum):
     AWQ = "awq"
 
 
-@dataclass(frozen=True)
-class _BitWidths:
-    default: int
-    lowest: int
-    highest: int
-
-
-#: Registry of scheme name -> bit widths it takes; ``schemes.register_scheme`` adds to it.
-_SCHEME_BITS: dict[str, _BitWidths] = {
-    "int8": _BitWidths(8, 2, 16),
-    "int4": _BitWidths(4, 4, 4),
-    "nf4": _BitWidths(4, 4, 4),
-    "fp4": _BitWidths(4, 4, 4),
-    "llm_int8": _BitWidths(8, 8, 8),
-    "dynamic_tree": _BitWidths(8, 8, 8),
-    "dynamic": _BitWidths(8, 2, 16),
-    "gptq": _BitWidths(4, 2, 8),
-    "awq": _BitWidths(4, 2, 8),
+# Registry of scheme name -> its own bits, the fewest and the most; ``schemes.register_scheme`` adds to it.
+_SCHEME_BITS: dict[str, tuple[int, int, int]] = {
+    "int8": (8, 2, 16),
+    "int4": (4, 4, 4),
+    "nf4": (4, 4, 4),
+    "fp4": (4, 4, 4),
+    "llm_int8": (8, 8, 8),
+    "dynamic_tree": (8, 8, 8),
+    "dynamic": (8, 2, 16),
+    "gptq": (4, 2, 8),
+    "awq": (4, 2, 8),
 }
 
 OBSERVER_NAMES = ("min_max", "moving_average", "percentile", "histogram", "mse")
@@ -78,19 +67,18 @@ def nearest_first(name: str, known: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, str(name).lower(), k.lower()).ratio())
 
 
-def check_choice(field_name: str, value: Any, known: Iterable[str]) -> str:
+def check_choice(field_name: str, value: Any, known: Collection[str]) -> str:
     """Return ``value`` if it is one of ``known``; raise ``ValueError`` listing them, nearest first."""
-    names = list(known)
-    if isinstance(value, str) and str(value) in names:
+    if isinstance(value, str) and str(value) in known:
         return str(value)
-    listed = ", ".join(repr(n) for n in nearest_first(str(value), names))
+    listed = ", ".join(repr(n) for n in nearest_first(str(value), known))
     raise ValueError(f"{field_name}={value!r} is not known; use one of: {listed}")
 
 
 def check_int(field_name: str, value: Any, lowest: int, highest: int | None = None) -> int:
     """Return ``value`` if it is an integer in ``[lowest, highest]``; raise ``ValueError`` otherwise."""
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= lowest
-    if fits and (highest is None or value <= highest):
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if is_int and value >= lowest and (highest is None or value <= highest):
         return int(value)
     allowed = f"from {lowest} to {highest}" if highest is not None else f"of {lowest} or more"
     raise ValueError(f"{field_name}={value!r} is not allowed; use an integer {allowed}")
@@ -103,18 +91,18 @@ def _check_bool(field_name: str, value: Any) -> None:
 
 def _check_fraction(field_name: str, value: Any, *, include_one: bool) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    end = "1]" if include_one else "1)"
     if not is_number or not 0 <= value <= 1 or (value == 1 and not include_one):
-        end = "1]" if include_one else "1)"
         raise ValueError(f"{field_name}={value!r} is not allowed; use a number in [0, {end}")
 
 
 def _scheme_bits(scheme: Any, bits: int | None) -> tuple[str, int]:
     name = check_choice("scheme", scheme, _SCHEME_BITS)
-    allowed = _SCHEME_BITS[name]
+    own, fewest, most = _SCHEME_BITS[name]
     if bits is None:
-        return name, allowed.default
-    if isinstance(bits, bool) or not isinstance(bits, int) or not allowed.lowest <= bits <= allowed.highest:
-        span = str(allowed.lowest) if allowed.lowest == allowed.highest else f"{allowed.lowest} to {allowed.highest}"
+        return name, own
+    if isinstance(bits, bool) or not isinstance(bits, int) or not fewest <= bits <= most:
+        span = str(fewest) if fewest == most else f"{fewest} to {most}"
         raise ValueError(f"bits={bits!r} is not allowed with scheme={name!r}; it takes {span}")
     return name, int(bits)
 
@@ -124,27 +112,22 @@ _EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*")
 
 def epochs_of(step: Step) -> float | None:
     """Return the number of epochs in ``"3 epochs"``, or None for a step or a fraction."""
-    matched = _EPOCHS.fullmatch(step) if isinstance(step, str) else None
-    return float(matched.group(1)) if matched else None
+    return float(m.group(1)) if isinstance(step, str) and (m := _EPOCHS.fullmatch(step)) else None
 
 
 def check_step(field_name: str, step: Any) -> Step:
     """Return ``step`` if it is a step, a fraction of the run or epochs; raise ``ValueError`` otherwise."""
-    if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
+    is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+    is_fraction = isinstance(step, float) and 0.0 <= step <= 1.0
+    if is_step or is_fraction or epochs_of(step) is not None:
         return step
-    if isinstance(step, float) and 0.0 <= step <= 1.0:
-        return step
-    if epochs_of(step) is not None:
-        return step
-    raise ValueError(
-        f"{field_name}={step!r} is not allowed; use an optimizer step (1000), a fraction of the run (0.3) "
-        "or epochs ('3 epochs')"
-    )
+    ways = "an optimizer step (1000), a fraction of the run (0.3) or epochs ('3 epochs')"
+    raise ValueError(f"{field_name}={step!r} is not allowed; use {ways}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BitsAndBytesConfig:
-    """How bitsandbytes would quantize one tensor.
+    """How bitsandbytes quantizes one tensor.
 
     Args:
         bits: 8 or 4.
@@ -207,8 +190,7 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         name, bits = _scheme_bits(self.scheme, self.bits)
-        known = {s.value for s in QuantizationScheme}
-        object.__setattr__(self, "scheme", QuantizationScheme(name) if name in known else name)
+        object.__setattr__(self, "scheme", QuantizationScheme._value2member_map_.get(name, name))
         object.__setattr__(self, "bits", bits)
         _check_bool("symmetric", self.symmetric)
         _check_bool("per_channel", self.per_channel)
@@ -223,7 +205,7 @@ class QuantizationConfig:
 
     @property
     def dynamic(self) -> bool:
-        """Whether the range is found anew for every token at run time."""
+        """Whether ranges are found at run time."""
         return self.scheme == QuantizationScheme.DYNAMIC
 
 
@@ -233,7 +215,7 @@ class QATConfig:
 
     Args:
         scheme: number format of the weights.
-        bits: bits of the weights; left out, the scheme's own.
+        bits: of the weights; left out, the scheme's own.
         symmetric: symmetric weights.
         per_channel: one weight scale for each output channel.
         start_step: from here on the forward is fake-quantized; before, ranges are only observed.
@@ -244,11 +226,10 @@ class QATConfig:
         activation_symmetric: symmetric activations.
         activation_dynamic: find the range of every token at run time instead of a calibrated one.
         group_size: weights of an output channel that share a scale.
-        weight_observer: how a weight's range is found.
-        activation_observer: how an activation's range is found.
+        weight_observer, activation_observer: how ranges are found.
         fold_batchnorm: fold BatchNorm that directly follows a layer into it on conversion.
 
-    Steps are optimizer steps (``1000``), fractions of the run (``0.3``) or epochs (``"3 epochs"``).
+    A step is an optimizer step (``1000``), a fraction of the run (``0.3``) or epochs (``"3 epochs"``).
     """
 
     scheme: str = "int8"
@@ -331,12 +312,12 @@ def preset(name: str) -> QATConfig:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What the layers that match get.
+    """What the layers that match get. A preset's name means its weight or its activation part.
 
     Args:
         match: a glob on module names (``"blocks.*.mlp"``) or a layer type (``nn.Linear``).
-        weight: of the weight; None leaves the layer in float. A preset's name means its weight part.
-        activation: of the layer's input; None means weight-only. A preset's name means its activation part.
+        weight: of the weight; None leaves the layer in float.
+        activation: of the layer's input; None means weight-only.
     """
 
     match: str | type[nn.Module]
@@ -356,7 +337,9 @@ class LayerRule:
             if value is not None and not isinstance(value, QuantizationConfig):
                 raise ValueError(f"{name}={value!r} is not allowed; use a QuantizationConfig, a preset's name or None")
         if self.weight is None and self.activation is not None:
-            raise ValueError(f"activation={self.activation!r} needs a weight: an integer layer has both (match={self.match!r})")
+            raise ValueError(
+                f"activation={self.activation!r} needs a weight: an integer layer has both (match={self.match!r})"
+            )
         if self.weight is not None and self.weight.dynamic:  # type: ignore[union-attr]
             raise ValueError("weight=QuantizationConfig('dynamic') is not allowed; it describes activations")
 
@@ -413,5 +396,5 @@ def resolve_plan(plan: PlanLike) -> QuantizationPlan:
         )
         return QuantizationPlan(base=base)
     raise ValueError(
-        f"plan={plan!r} is not allowed; use a QuantizationPlan, a QATConfig, a QuantizationConfig or a preset's name"
+        f"plan={plan!r} is not allowed; use a QuantizationPlan, a QATConfig, a QuantizationConfig or a name"
     )

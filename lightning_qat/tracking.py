@@ -107,7 +107,7 @@ class WandbTracker(Tracker):
         )
 
     def logger(self, stage: str) -> Logger:
-        """Return a logger whose metrics are called ``<stage>/...`` in the run."""
+        """Return a logger whose metrics are called ``<stage>-...`` in the run."""
         return WandbLogger(experiment=self._opened(), prefix=stage, log_model=False)
 
     def log_results(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -88,7 +88,9 @@ def test_the_transformer_inside_lightning(tmp_path, monkeypatch):
     model = interrupted_and_resumed(build, callbacks, fit, tmp_path)
     quantized = lq.convert(model)
     model.eval()
-    inputs, target = (torch.stack(column) for column in zip(*(WikiText2(download=False)[i] for i in range(30, 34)), strict=True))
+    inputs, target = (
+        torch.stack(column) for column in zip(*(WikiText2(download=False)[i] for i in range(30, 34)), strict=True)
+    )
     with torch.no_grad():
         expected, shipped = model(inputs, target), quantized(inputs, target)
     assert lq.sqnr(expected, shipped) > 60

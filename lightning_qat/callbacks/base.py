@@ -113,7 +113,9 @@ class QuantizationCallback(pl.Callback):
             batches = schedule.calibration_batches if observe else 1
             run_calibration(trainer, pl_module, batches, forward, observe=observe)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._apply(trainer, pl_module)
 
     def on_train_batch_end(
@@ -145,7 +147,9 @@ class QuantizationCallback(pl.Callback):
         uncalibrated = [q.name for q in static_quantizers(pl_module) if not q.calibrated]
         quantizers = static_quantizers(pl_module)
         if quantizers and len(uncalibrated) == len(quantizers) and any(q.quantizing for q in quantizers):
-            rank_zero_warn("no layer has an observed range yet: evaluating in float; fit or load a QAT checkpoint first")
+            rank_zero_warn(
+                "no layer has an observed range yet: evaluating in float; fit or load a QAT checkpoint first"
+            )
             apply_phase(pl_module, Phase(observing=False, quantizing=False))
 
     def explain(self, trainer: pl.Trainer | None = None) -> str:
@@ -157,8 +161,7 @@ class QuantizationCallback(pl.Callback):
         """
         peers = [self] if trainer is None else self._peers(trainer)
         leader = next((peer for peer in peers if peer._schedule is not None), None)
-        schedule = self._combined(peers) if leader is None else leader._schedule
-        assert schedule is not None  # the leader was chosen for having one
+        schedule = (leader and leader._schedule) or self._combined(peers)
         rows = schedule.explain()
         width = max(len(when) for when, _ in rows)
         lines = ["Quantization schedule", *(f"  {when:<{width}}  {what}" for when, what in rows)]
@@ -213,5 +216,3 @@ def _run_length(trainer: pl.Trainer) -> tuple[float, float]:
 def _loaders_resume(trainer: pl.Trainer) -> bool:
     loaders = trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else []
     return all(hasattr(loader, "load_state_dict") for loader in loaders)
-
-

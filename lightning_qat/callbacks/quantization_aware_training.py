@@ -62,5 +62,3 @@ class QuantizationAwareTraining(QuantizationCallback):
             calibration_batches=self.calibration_batches,
             fold_norm=self.config.fold_batchnorm,
         )
-
-

@@ -53,7 +53,9 @@ class Schedule:
                 return step
             length, share = (total_steps, float(step)) if epochs is None else (steps_per_epoch, epochs)
             if not math.isfinite(length):
-                known = "max_steps or max_epochs" if epochs is None else "limit_train_batches, or a loader with a length"
+                known = (
+                    "max_steps or max_epochs" if epochs is None else "limit_train_batches, or a loader with a length"
+                )
                 raise ValueError(f"{name}={step!r} needs the length of the run; give the Trainer {known}, or a step")
             return round(share * length)
 
@@ -103,7 +105,9 @@ class Schedule:
         """Return ``(when, what)``, in order, of what this schedule does."""
         rows: list[tuple[Step, str]] = []
         if self.calibration_batches:
-            rows.append((0, f"calibrate activation ranges on {self.calibration_batches} training batches, before training"))
+            rows.append(
+                (0, f"calibrate activation ranges on {self.calibration_batches} training batches, before training")
+            )
         rows.append((0, "train in float, observing ranges") if self.start != 0 else (0, "train fake-quantized"))
         if self.start != 0:
             rows.append((self.start, "train fake-quantized"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,20 +75,10 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     spatial_dims = 3
 
 
-def _transposed(layer: nn.ConvTranspose2d, x: Tensor, weight: Tensor, output_size: list[int] | None) -> Tensor:
+def _transposed(layer: Any, x: Tensor, weight: Tensor, output_size: list[int] | None) -> Tensor:
     """What ``nn.ConvTranspose2d.forward`` does, with another weight."""
-    padding = layer._output_padding(
-        x,
-        output_size,
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.kernel_size,  # type: ignore[arg-type]
-        2,
-        layer.dilation,  # type: ignore[arg-type]
-    )
-    return F.conv_transpose2d(
-        x, weight, layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
-    )
+    padding = layer._output_padding(x, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation)
+    return F.conv_transpose2d(x, weight, layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
 
 
 class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
@@ -100,9 +92,7 @@ class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
     channel_axis = 1
     spatial_dims = 2
 
-    def __init__(
-        self, conv: nn.ConvTranspose2d, config: PlanLike = "int8", quantize_activations: bool = True
-    ) -> None:
+    def __init__(self, conv: nn.ConvTranspose2d, config: PlanLike = "int8", quantize_activations: bool = True) -> None:
         init_from(self, conv, config, quantize_activations)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:

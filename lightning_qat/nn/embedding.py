@@ -45,9 +45,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
             return F.embedding(input, self.weight)  # rows that do not end on a byte
         index = input.reshape(-1)
         scheme = get_scheme(fmt.scheme)
-        codes = scheme.unpack(
-            packed.reshape(rows, -1)[index].reshape(-1), torch.Size((index.numel(), features)), fmt
-        )
+        codes = scheme.unpack(packed.reshape(rows, -1)[index].reshape(-1), torch.Size((index.numel(), features)), fmt)
         scale, zero_point = self.weight_scale, self.weight_zero_point
         if scale.dim():
             scale = scale[index]

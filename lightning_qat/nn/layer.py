@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_qat.config import QuantizationConfig
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, WeightQuantizer, dynamic_parameters
@@ -89,13 +89,14 @@ class QuantizedLayer(_Adopting, KeepsDtype):
         """The integer codes, in the shape of the float weight."""
         return get_scheme(self.weight_format.scheme).unpack(self.weight_packed, self.weight_shape, self.weight_format)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the codes stand for, computed at every access: no float copy is kept."""
+    def _dequantized_weight(self) -> Tensor:
         scheme = get_scheme(self.weight_format.scheme)
         return scheme.dequantize(
             self.codes, self.weight_scale, self.weight_zero_point, self.weight_format, self.weight_dtype
         )
+
+    #: The weight that the codes stand for, computed at every access: no float copy is kept.
+    weight: Any = property(_dequantized_weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid that the layer was trained with."""
@@ -175,12 +176,19 @@ def supported_class(layer_type: type[nn.Module]) -> type[nn.Module] | None:
     return next((base for base in layer_type.__mro__ if base in LAYER_CLASSES), None)
 
 
-@cache
+#: Registry of (library class, user's class) -> the class made of both.
+_MADE: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def _made_class(library_class: type[_Adopting], user_class: type[nn.Module]) -> type[nn.Module]:
-    facts = LAYER_CLASSES[supported_class(user_class)][0]  # type: ignore[index]
-    attributes = {name: getattr(facts, name) for name in ("float_class", "channel_axis", "spatial_dims", "quantizes_input")}
-    attributes["made_from"] = (library_class, user_class)
-    return type(f"{library_class.__name__.lstrip('_')}_{user_class.__name__}", (library_class, user_class), attributes)
+    made_from = (library_class, user_class)
+    if made_from not in _MADE:
+        facts = LAYER_CLASSES[supported_class(user_class)][0]  # type: ignore[index]
+        names = ("float_class", "channel_axis", "spatial_dims", "quantizes_input")
+        attributes: dict[str, Any] = {name: getattr(facts, name) for name in names}
+        name = f"{library_class.__name__.lstrip('_')}_{user_class.__name__}"
+        _MADE[made_from] = type(name, made_from, {**attributes, "made_from": made_from})
+    return _MADE[made_from]
 
 
 def _new_like(library_class: type[_Adopting], user_class: type[nn.Module]) -> nn.Module:
@@ -219,8 +227,8 @@ def make_qat(layer: nn.Module, weight: QuantizationConfig, activation: Quantizat
         name: of the layer, for messages.
     """
     qat_class = _class_for(type(layer), quantized=False)
-    tensor = layer.weight
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    tensor: Any = layer.weight
+    if is_lazy(tensor):
         raise ValueError(f"layer {name!r} is lazy and has no weight yet; run one batch through the model first")
     if issubclass(qat_class, _OwnForward) and isinstance(getattr(type(layer), "weight", None), property):
         raise ValueError(
@@ -258,9 +266,11 @@ def make_quantized(
 
     Args:
         layer: a float layer (not a prepared one).
-        weight_format, input_format: how to read the tensors.
+        weight_format: how to read the weight's tensors.
+        input_format: how to read the input's; None means weight-only.
         tensors: ``weight_packed``, ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``.
-        weight_shape, weight_dtype: of the float weight.
+        weight_shape: of the float weight.
+        weight_dtype: of the float weight.
     """
     quantized_class = _class_for(type(layer), quantized=True)
     for holder in (layer._parameters, layer._buffers, layer.__dict__):
@@ -277,5 +287,5 @@ def make_quantized(
 
 def unmake_qat(layer: QATLayer) -> None:
     """Turn a prepared layer back into the float layer it was, in place."""
-    layer.__class__ = float_type(layer)
+    layer.__class__ = float_type(layer)  # type: ignore[assignment]
     del layer._modules["weight_quantizer"], layer._modules["input_quantizer"]

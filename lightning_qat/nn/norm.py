@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ def norm_factor_and_shift(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor,
     ``shift = beta + (b - mean) f``, both of shape ``[channels]``.
     """
     if not isinstance(norm, _BatchNorm) or norm.running_var is None or norm.running_mean is None:
-        raise ValueError(f"{type(norm).__name__} has no running statistics to fold; use BatchNorm with track_running_stats=True")
+        raise ValueError(
+            f"{type(norm).__name__} has no running statistics to fold; use BatchNorm with track_running_stats=True"
+        )
     mean, var = norm.running_mean.detach().double(), norm.running_var.detach().double()
     gamma = torch.ones_like(var) if norm.weight is None else norm.weight.detach().double()
     beta = torch.zeros_like(var) if norm.bias is None else norm.bias.detach().double()
@@ -45,17 +47,21 @@ def fold_bn_into_conv(conv: LayerT, bn: nn.Module) -> LayerT:
     Raises:
         ValueError: if the channels do not match or ``bn`` has no running statistics.
     """
+    source: Any = conv
     transposed = isinstance(conv, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    if transposed and conv.groups != 1:  # type: ignore[comparison-overlap]
-        raise ValueError(f"a transposed convolution with groups={conv.groups} cannot take in a BatchNorm; use groups=1")
+    if transposed and source.groups != 1:
+        raise ValueError(
+            f"a transposed convolution with groups={source.groups} cannot take in a BatchNorm; use groups=1"
+        )
     axis = 1 if transposed else 0
-    weight, bias = conv.weight, conv.bias
-    if isinstance(bn, _BatchNorm) and weight.shape[axis] != bn.num_features:  # type: ignore[union-attr, index]
-        raise ValueError(f"the layer has {weight.shape[axis]} output channels but the BatchNorm has {bn.num_features}")  # type: ignore[union-attr, index]
-    factor, shift = norm_factor_and_shift(bn, bias)  # type: ignore[arg-type]
+    weight = source.weight
+    if isinstance(bn, _BatchNorm) and weight.shape[axis] != bn.num_features:
+        raise ValueError(f"the layer has {weight.shape[axis]} output channels but the BatchNorm has {bn.num_features}")
+    factor, shift = norm_factor_and_shift(bn, source.bias)
     shape = [1] * weight.dim()
     shape[axis] = -1
+    values = (weight.detach().double() * factor.view(shape)).to(weight.dtype)
     folded = copy.deepcopy(conv)
-    folded.weight = nn.Parameter((weight.detach().double() * factor.view(shape)).to(weight.dtype), weight.requires_grad)
+    folded.weight = nn.Parameter(values, weight.requires_grad)
     folded.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
     return folded

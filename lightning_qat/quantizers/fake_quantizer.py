@@ -150,12 +150,16 @@ class WeightQuantizer(FakeQuantizer):
     @staticmethod
     def _check_group(group_size: int, row: int, axis: int, name: str) -> None:
         if axis != 0:
-            raise ValueError(f"group_size={group_size} is not available for transposed convolutions (layer {name!r}); use per_channel=True")
+            raise ValueError(
+                f"group_size={group_size} is not available for transposed convolutions (layer {name!r}); "
+                "use per_channel=True"
+            )
         if row % group_size:
             divisors = [d for d in range(min(group_size, row), 0, -1) if row % d == 0][:2]
             ways = " or ".join(str(d) for d in divisors)
             raise ValueError(
-                f"group_size must divide in_features: {row} % {group_size} != 0 (layer {name!r}); use group_size={ways}"
+                f"group_size must divide in_features: {row} % {group_size} != 0 (layer {name!r}); "
+                f"use group_size={ways}"
             )
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -177,7 +181,9 @@ class WeightQuantizer(FakeQuantizer):
     @torch.no_grad()
     def _derive(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         rows = self._rows(weight)
-        shape = (weight.shape[0], *self.scale.shape[1:]) if self.scale.dim() and self._format.axis != 1 else self.scale.shape
+        # Rows gathered from an embedding are fewer than the table's.
+        by_row = self.scale.dim() and self._format.axis != 1
+        shape = (weight.shape[0], *self.scale.shape[1:]) if by_row else self.scale.shape
         if (self.config.observer or "min_max") != "min_max":
             observer = make_observer(str(self.config.observer), num_channels=rows.shape[0], layer_name=self.name)
             observer.to(rows.device).update(rows)
@@ -251,9 +257,7 @@ class ActivationQuantizer(FakeQuantizer):
                 f"per_channel and group_size are for weights (input of layer {name!r}); "
                 "use a per-tensor config, or QuantizationConfig('dynamic') for per-token ranges"
             )
-        fmt = TensorFormat(
-            str(config.scheme), int(config.bits or 8), config.symmetric, dynamic=config.dynamic
-        )
+        fmt = TensorFormat(str(config.scheme), int(config.bits or 8), config.symmetric, dynamic=config.dynamic)
         super().__init__(config, name, (), fmt)
         self.spatial_dims = spatial_dims
         self.calibrating = False
@@ -281,8 +285,8 @@ class ActivationQuantizer(FakeQuantizer):
     @torch.no_grad()
     def refresh(self) -> tuple[Tensor, Tensor]:
         """Set scale and zero point from the observed range; return them as fresh tensors."""
-        assert self.observer is not None  # only called where there is one
-        scale, zero_point = self.observer.get_quantization_params(self._format.symmetric, self._format.bits)
+        observer: Any = self.observer  # only called where there is one
+        scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
         self._store(scale, zero_point)
         return scale, zero_point
 

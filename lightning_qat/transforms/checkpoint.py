@@ -94,7 +94,9 @@ def _manifest(model: nn.Module, aliases: dict[str, str], extra: dict[str, Any], 
     try:
         return json.dumps(body, indent=1)
     except TypeError as error:
-        raise ValueError(f"the extra state {sorted(extra)} of the model is not plain JSON and cannot be saved: {error}") from None
+        raise ValueError(
+            f"the extra state {sorted(extra)} of the model is not plain JSON and cannot be saved: {error}"
+        ) from None
 
 
 def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -176,7 +178,9 @@ def _check_layer(folder: Path, name: str, entry: dict[str, Any], modules: dict[s
     if layer is None:
         raise QuantizedFileError(f"{folder} holds a layer {name!r} that the model does not have; build the same model")
     if isinstance(layer, (QATLayer, QuantizedLayer)):
-        raise QuantizedFileError(f"layer {name!r} is already prepared or converted; load into a freshly built float model")
+        raise QuantizedFileError(
+            f"layer {name!r} is already prepared or converted; load into a freshly built float model"
+        )
     shape = list(getattr(layer, "weight", torch.empty(0)).shape)
     if type(layer).__name__ != entry["type"] or supported_class(type(layer)) is None or shape != entry["shape"]:
         raise QuantizedFileError(

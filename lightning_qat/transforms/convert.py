@@ -97,7 +97,9 @@ def _fold_into_codes(
     return codes, scale, zero_point, fmt
 
 
-def _input_tensors(quantizer: ActivationQuantizer | None, name: str) -> tuple[TensorFormat | None, dict[str, Tensor | None]]:
+def _input_tensors(
+    quantizer: ActivationQuantizer | None, name: str
+) -> tuple[TensorFormat | None, dict[str, Tensor | None]]:
     if quantizer is None:
         return None, {"input_scale": None, "input_zero_point": None}
     if not quantizer.calibrated:

@@ -47,7 +47,7 @@ def _can_take_in(layer: QATLayer, norm: nn.Module, output_dims: int | None) -> b
         # BatchNorm1d of [N, C, L] normalizes dimension 1, a Linear's channels are the last one.
         return output_dims == 2
     if issubclass(float_type(layer), nn.ConvTranspose2d):
-        return layer.groups == 1
+        return bool(layer.groups == 1)
     return not issubclass(float_type(layer), nn.Embedding)
 
 
@@ -98,9 +98,7 @@ class _Watch(TorchFunctionMode):
             if norm is not None:
                 feeders.setdefault(norm, set()).add(layer)
             found[layer] = norm if fits and found.get(layer, norm) is norm else None
-        return {
-            layer: norm if norm is not None and len(feeders[norm]) == 1 else None for layer, norm in found.items()
-        }
+        return {layer: norm if norm is not None and len(feeders[norm]) == 1 else None for layer, norm in found.items()}
 
 
 def _record(model: nn.Module, pairs: dict[QATLayer, nn.Module | None]) -> None:
@@ -152,8 +150,10 @@ def trace_folds(model: nn.Module) -> None:
     replica = copy_model(model)  # tracing runs the user's forward, which may keep a proxy in the module
     try:
         graph = _LeafTracer().trace(replica)
-    except Exception as error:  # the user's forward runs on proxies: anything may come out of it
-        logger.warning("BatchNorm is not folded: %s cannot be traced (%s); calibrate it first", type(model).__name__, error)
+    except Exception as error:  # noqa: BLE001 - the user's forward runs on proxies: anything may come out of it
+        logger.warning(
+            "BatchNorm is not folded: %s cannot be traced (%s); calibrate it first", type(model).__name__, error
+        )
         return decide_no_folding(model)
     modules = dict(model.named_modules())
     watch = _Watch()
@@ -170,7 +170,9 @@ def trace_folds(model: nn.Module) -> None:
     for node in graph.nodes:
         norm = modules.get(node.target) if node.op == "call_module" else None
         source = node.args[0] if isinstance(norm, _BatchNorm) and node.args else None
-        if isinstance(norm, _BatchNorm) and not (isinstance(source, fx.Node) and isinstance(modules.get(source.target), QATLayer)):
+        if isinstance(norm, _BatchNorm) and not (
+            isinstance(source, fx.Node) and isinstance(modules.get(source.target), QATLayer)
+        ):
             watch.fed_otherwise.add(norm)
     _record(model, watch.pairs())
     return decide_no_folding(model)

@@ -52,9 +52,13 @@ def _rule_matches(rule: LayerRule, name: str, module: nn.Module) -> bool:
 def _unmatched(rule: LayerRule, layers: dict[str, nn.Module]) -> ValueError:
     if isinstance(rule.match, str):
         names = ", ".join(repr(n) for n in nearest_first(rule.match, layers)[:5])
-        return ValueError(f"match={rule.match!r} matches no layer that can be quantized; nearest names: {names or 'none'}")
+        return ValueError(
+            f"match={rule.match!r} matches no layer that can be quantized; nearest names: {names or 'none'}"
+        )
     types = ", ".join(sorted({type(m).__name__ for m in layers.values()}))
-    return ValueError(f"match={rule.match.__name__} matches no layer that can be quantized; the model has: {types or 'none'}")
+    return ValueError(
+        f"match={rule.match.__name__} matches no layer that can be quantized; the model has: {types or 'none'}"
+    )
 
 
 def match_layers(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerConfigs]:

@@ -74,7 +74,9 @@ def set_bits(model: nn.Module, bits: int, match: str = "*", *, activations: bool
     hits = [name for name in layers if fnmatch.fnmatchcase(name, match)]
     if not hits:
         names = ", ".join(repr(n) for n in nearest_first(match, layers)[:5])
-        raise ValueError(f"match={match!r} matches no prepared layer; nearest names: {names or 'none, call prepare first'}")
+        raise ValueError(
+            f"match={match!r} matches no prepared layer; nearest names: {names or 'none, call prepare first'}"
+        )
     for name in hits:
         layer = layers[name]
         if not activations:

@@ -7,8 +7,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from classifier import Classifier, data, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import Classifier, data, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -155,7 +155,9 @@ def test_calibration_leaves_no_trace(tmp_path):
         run = trainer(tmp_path, callbacks, max_epochs=2, num_sanity_val_steps=0)
         generator = torch.Generator().manual_seed(5)
         run.fit(module, DataLoader(data(), batch_size=4, shuffle=True, generator=generator))
-        results.append((lq.float_state_dict(module.state_dict()), {k: v.item() for k, v in run.callback_metrics.items()}))
+        results.append(
+            (lq.float_state_dict(module.state_dict()), {k: v.item() for k, v in run.callback_metrics.items()})
+        )
     (plain, plain_metrics), (ours, our_metrics) = results
     assert plain_metrics == our_metrics
     assert plain.keys() == ours.keys()
@@ -200,7 +202,9 @@ class Gan(Classifier):
             self.untoggle_optimizer(optimizer)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.other.parameters(), 0.1), torch.optim.SGD([*self.conv.parameters(), *self.head.parameters()], 0.1)
+        return torch.optim.SGD(self.other.parameters(), 0.1), torch.optim.SGD(
+            [*self.conv.parameters(), *self.head.parameters()], 0.1
+        )
 
 
 def test_manual_optimization_calibrates_without_stepping(tmp_path):

@@ -15,7 +15,9 @@ def test_units_resolve_once():
 
 
 def test_phase_at_every_step():
-    schedule = Schedule(start=2, freeze_scales=5, freeze_norm=4, weight_bits=((1, 8), (3, 4)), activation_bits=((3, 6),))
+    schedule = Schedule(
+        start=2, freeze_scales=5, freeze_norm=4, weight_bits=((1, 8), (3, 4)), activation_bits=((3, 6),)
+    )
     phases = [schedule.phase(step) for step in range(7)]
     assert [p.quantizing for p in phases] == [False, False, True, True, True, True, True]
     assert [p.frozen for p in phases] == [False] * 5 + [True] * 2

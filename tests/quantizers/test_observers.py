@@ -547,7 +547,8 @@ def test_the_histogram_range_is_near_the_brute_force_optimum(
             pairs = pairs[::3]
     best = min(_error(x, low, high, **grid) for low, high in pairs)  # type: ignore[arg-type]
     whole = _error(x, x.min(), x.max(), **grid)  # type: ignore[arg-type]
-    assert found <= best * 1.03
+    # Where the error is smooth in the ends, the finer steps around the best must show.
+    assert found <= best * (1.001 if draw is _gaussian else 1.025)
     assert found <= whole * 1.001
 
 
@@ -568,6 +569,29 @@ def test_the_mse_range_is_near_the_best_of_its_factors(
     low, high = observer.range(symmetric, bits)
     shrink = [v for v in ((low / x.min()).item(), (high / x.max()).item()) if not math.isnan(v)]
     assert all(min(abs(v - f) for f in factors) < 1e-5 for v in shrink)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_few_values_are_known_exactly_by_the_means_of_their_bins(symmetric: bool, seed: int) -> None:
+    x = randn(12, seed=seed).repeat(5)
+    errors = [
+        _error(x, f * x.min(), f * x.max(), symmetric=symmetric, bits=3)
+        for f in (1 - i / 100 * 0.8 for i in range(101))
+    ]
+    found = _observed(MSEObserver(), x).range(symmetric, 3)
+    assert _error(x, *found, symmetric=symmetric, bits=3) <= min(errors) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("exponent", [-100, 100])
+@pytest.mark.parametrize("build", [PercentileObserver, HistogramObserver, MSEObserver, lambda: MSEObserver(norm=16)])
+def test_the_unit_of_the_data_does_not_matter(build: Callable[[], Observer], exponent: int, symmetric: bool) -> None:
+    x = _laplace_with_outliers()
+    expected = _observed(build(), x).range(symmetric, 4)
+    found = _observed(build(), x * 2.0**exponent).range(symmetric, 4)
+    assert torch.equal(found[0], expected[0] * 2.0**exponent)
+    assert torch.equal(found[1], expected[1] * 2.0**exponent)
 
 
 def test_clipping_pays_at_four_bits() -> None:

@@ -16,7 +16,8 @@ from lightning_qat.transforms.checkpoint import MANIFEST, TENSORS
 
 def build():
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 16), nn.Linear(16, 4)
+        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 36, 16), nn.Linear(16, 4)
     )  # fmt: skip
 
 
@@ -186,7 +187,9 @@ def test_tied_layers_are_stored_once(tmp_path):
 def test_float_tied_weights_round_trip(tmp_path):
     def tied():
         torch.manual_seed(1)
-        model = nn.ModuleDict({"table": nn.Embedding(10, 4), "out": nn.Linear(4, 10, bias=False), "mid": nn.Linear(4, 4)})
+        model = nn.ModuleDict(
+            {"table": nn.Embedding(10, 4), "out": nn.Linear(4, 10, bias=False), "mid": nn.Linear(4, 4)}
+        )
         model["out"].weight = model["table"].weight
         return model
 

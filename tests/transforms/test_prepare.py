@@ -52,7 +52,9 @@ def test_first_and_last_layer_in_other_bits():
 def test_a_base_covers_linear_and_convolutions_and_rules_win():
     model = lq.prepare(Net(), lq.QuantizationPlan([lq.LayerRule("head")], base="w4a8"))
     assert set(bits_of(model)) == {"stem", "blocks.0", "blocks.1", "blocks.2"}
-    model = lq.prepare(Net(), lq.QuantizationPlan([lq.LayerRule("table", lq.QuantizationConfig("int4", per_channel=True))]))
+    model = lq.prepare(
+        Net(), lq.QuantizationPlan([lq.LayerRule("table", lq.QuantizationConfig("int4", per_channel=True))])
+    )
     assert bits_of(model) == {"table": (4, None)}
 
 

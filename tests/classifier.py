@@ -39,7 +39,9 @@ class Classifier(L.LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.record.append(("sanity" if self.trainer.sanity_checking else "val", self.trainer.global_step, self.phase()))
+        self.record.append(
+            ("sanity" if self.trainer.sanity_checking else "val", self.trainer.global_step, self.phase())
+        )
         self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]))
 
     def test_step(self, batch, batch_idx):

@@ -1,0 +1,106 @@
+"""SQNR, error and agreement against their definitions, and over batches as over the whole."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_qat import quantization_error, sqnr
+from lightning_qat.metrics import SQNR, Agreement, QuantizationError
+
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+seeds = st.integers(0, 2**16)
+
+
+def pair(shape: list[int], seed: int, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    original = torch.randn(shape, generator=generator)
+    return original, original + noise * torch.randn(shape, generator=generator)
+
+
+@given(shapes, seeds)
+def test_error_is_the_mean_square(shape: list[int], seed: int) -> None:
+    a, b = pair(shape, seed)
+    assert float(quantization_error(a, b)) == pytest.approx(float(((a.double() - b.double()) ** 2).mean()))
+    assert float(quantization_error(a, a)) == 0
+    assert float(quantization_error(a, b)) == float(quantization_error(b, a))
+
+
+@given(shapes, seeds, st.floats(0.01, 100))
+def test_sqnr_does_not_depend_on_the_scale(shape: list[int], seed: int, scale: float) -> None:
+    a, b = pair(shape, seed)
+    assert float(sqnr(a * scale, b * scale)) == pytest.approx(float(sqnr(a, b)), abs=1e-3)
+
+
+@given(shapes, seeds)
+def test_ten_times_the_noise_costs_20_db(shape: list[int], seed: int) -> None:
+    a, b = (t.double() for t in pair(shape, seed))
+    assert float(sqnr(a, b) - sqnr(a, a + 10 * (b - a))) == pytest.approx(20, abs=1e-6)
+
+
+def test_known_values() -> None:
+    assert float(sqnr(torch.ones(4), torch.full((4,), 0.9))) == pytest.approx(20, abs=1e-5)
+    assert float(quantization_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))) == 2
+
+
+def test_sqnr_at_the_limits() -> None:
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    assert float(sqnr(ones, ones)) == math.inf
+    assert float(sqnr(zeros, zeros)) == math.inf
+    assert float(sqnr(zeros, ones)) == -math.inf
+
+
+def test_low_precision_and_integers_are_compared_in_float64() -> None:
+    a = torch.tensor([1.0, 300.0], dtype=torch.float16)
+    assert float(quantization_error(a, a + 1)) == 1
+    assert float(quantization_error(torch.tensor([1, 2]), torch.tensor([1, 4]))) == 2
+    assert sqnr(a, a).dtype == torch.float64
+
+
+@pytest.mark.parametrize("function", [sqnr, quantization_error])
+def test_unequal_shapes_and_nothing_are_errors(function: object) -> None:
+    assert callable(function)
+    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
+        function(torch.ones(2), torch.ones(3))
+    with pytest.raises(ValueError, match="at least one element"):
+        function(torch.ones(0), torch.ones(0))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), seeds)
+def test_metrics_over_batches_equal_the_whole(sizes: list[int], seed: int) -> None:
+    a, b = pair([sum(sizes), 4], seed, noise=1.0)
+    metrics = SQNR(), QuantizationError(), Agreement()
+    for metric in metrics:
+        for part_a, part_b in zip(a.split(sizes), b.split(sizes), strict=True):
+            metric.update(part_a, part_b)
+    assert float(metrics[0].compute()) == pytest.approx(float(sqnr(a, b)))
+    assert float(metrics[1].compute()) == pytest.approx(float(quantization_error(a, b)))
+    assert float(metrics[2].compute()) == pytest.approx(float((a.argmax(1) == b.argmax(1)).double().mean()))
+
+
+def test_metrics_start_anew_after_reset() -> None:
+    metric = Agreement()
+    metric.update(torch.eye(3), torch.eye(3).flip(0))
+    assert float(metric.compute()) == pytest.approx(1 / 3)
+    metric.reset()
+    metric.update(torch.eye(3), 5 * torch.eye(3))
+    assert float(metric.compute()) == 1
+
+
+def test_agreement_along_another_dimension() -> None:
+    logits = torch.randn(2, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    metric = Agreement(dim=1)
+    metric.update(logits, logits + 1)
+    assert float(metric.compute()) == 1
+    assert int(metric.count) == 2 * 3 * 3
+
+
+def test_metrics_do_not_keep_a_graph() -> None:
+    a = torch.ones(3, requires_grad=True)
+    metric = SQNR()
+    metric.update(a, a * 0.5)
+    assert not metric.compute().requires_grad

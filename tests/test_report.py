@@ -1,0 +1,104 @@
+"""The table, the JSON and the picture of a few variants."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from lightning_qat.report import Variant, draw_results, main_metric, results_table, write_results
+
+VARIANTS = [
+    Variant("float", {"test/loss": 0.01, "test/acc": 0.99}, 1_000_000),
+    Variant("PTQ", {"test/loss": 0.02, "test/acc": 0.97}, 250_000, 0.98),
+    Variant("QAT", {"test/loss": 0.02, "test/acc": 0.98}, None, 0.99),
+    Variant("converted", {"test/loss": 0.02, "test/acc": 0.98}, 250_000, 0.99, float("inf")),
+]
+
+
+def rendered(variants: list[Variant]) -> str:
+    console = Console(file=StringIO(), width=120)
+    console.print(results_table(variants))
+    file = console.file
+    assert isinstance(file, StringIO)
+    return file.getvalue()
+
+
+def test_table_has_every_number() -> None:
+    text = rendered(VARIANTS)
+    for shown in ("float", "PTQ", "QAT", "converted", "0.9700", "1,000.0", "250.0", "4.00x", "98.00 %", "inf"):
+        assert shown in text
+
+
+def test_missing_numbers_are_dashes() -> None:
+    row = next(line for line in rendered(VARIANTS).splitlines() if "QAT" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["QAT", "0.0200", "0.9800", "-", "-", "99.00 %", "-"]
+
+
+def test_a_table_of_nothing_and_without_metrics() -> None:
+    assert "KB on disk" in rendered([])
+    assert "alone" in rendered([Variant("alone")])
+
+
+def test_json_is_valid_and_holds_all(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(VARIANTS, path, seed=3, ratio=float("nan"))
+    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert content["seed"] == 3
+    assert content["ratio"] == "nan"
+    assert [row["variant"] for row in content["variants"]] == ["float", "PTQ", "QAT", "converted"]
+    assert content["variants"][3] == {
+        "variant": "converted",
+        "test/loss": 0.02,
+        "test/acc": 0.98,
+        "bytes": 250_000,
+        "agreement_with_float": 0.99,
+        "sqnr_db": "inf",
+    }
+
+
+def test_json_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(VARIANTS, path)
+    before = path.read_text()
+    with mock.patch("os.replace", side_effect=OSError("disk")), pytest.raises(OSError, match="disk"):
+        write_results(VARIANTS[:1], path)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_picture(tmp_path: Path) -> None:
+    path = tmp_path / "results.png"
+    draw_results(VARIANTS, path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width > 600
+        colors = image.convert("RGB").getcolors(maxcolors=2**24)
+    assert colors is not None
+    assert len(colors) > 4  # more than a blank page
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [[Variant("alone")], [Variant("nan", {"loss": float("nan")}, 1)], [Variant("a", {"x": 1.0}), Variant("b", {}, 3)]],
+)
+def test_a_picture_with_gaps(tmp_path: Path, variants: list[Variant]) -> None:
+    draw_results(variants, tmp_path / "results.png")
+    assert (tmp_path / "results.png").stat().st_size > 0
+
+
+def test_without_matplotlib_the_picture_says_what_to_install(tmp_path: Path) -> None:
+    missing = mock.patch.dict("sys.modules", {"matplotlib.figure": None})
+    with missing, pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        draw_results(VARIANTS, tmp_path / "results.png")
+
+
+def test_main_metric_is_the_accuracy() -> None:
+    assert main_metric(VARIANTS) == "test/acc"
+    assert main_metric([Variant("a", {"mse": 1.0})]) == "mse"
+    assert main_metric([Variant("a")]) is None
