@@ -34,14 +34,18 @@ class Variant:
     sqnr_db: float | None = None
 
     def row(self) -> dict[str, Any]:
-        """Return the row as builtins."""
-        return {
+        """Return the row as builtins.
+
+        Numbers that JSON does not have become the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
+        """
+        row = {
             "variant": self.name,
             **self.metrics,
             "bytes": self.bytes_on_disk,
             "agreement_with_float": self.agreement,
             "sqnr_db": self.sqnr_db,
         }
+        return {key: _json_value(value) for key, value in row.items()}
 
 
 def results_table(variants: Sequence[Variant], *, title: str | None = None) -> Table:
@@ -67,12 +71,10 @@ def results_table(variants: Sequence[Variant], *, title: str | None = None) -> T
 
 
 def write_results(variants: Sequence[Variant], path: Path, **facts: Any) -> None:
-    """Write ``{**facts, "variants": [...]}`` as JSON, atomically.
-
-    Numbers that JSON does not have become the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
-    """
-    content = {**facts, "variants": [variant.row() for variant in variants]}
-    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+    """Write ``{**facts, "variants": [...]}`` (facts are builtins) as JSON, atomically."""
+    content = {key: _json_value(value) for key, value in facts.items()}
+    content["variants"] = [variant.row() for variant in variants]
+    text = json.dumps(content, indent=2, allow_nan=False)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text + "\n", encoding="utf-8")
@@ -127,11 +129,5 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return _MISSING if value is None else f"{value:{form}}{unit}"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+def _json_value(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lightning_qat.config import QuantizationPlan, check_int, resolve_plan
 from lightning_qat.recipes._errors import ConfigError
-from lightning_qat.recipes._measure import evaluation_step
 from lightning_qat.recipes._targets import check_targets, explain_call, locate
 from lightning_qat.tracking import Tracker
 from lightning_qat.transforms.prepare import prepare

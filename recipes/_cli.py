@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             _complain(told)
             return 2
+        except SystemExit as stop:  # Hydra ends --help with it, a sweep that cannot run ends with a message
+            if isinstance(stop.code, str):
+                _complain(stop.code)
+            return 2 if isinstance(stop.code, str) else int(stop.code or 0)
     return 0
 
 
@@ -99,7 +103,9 @@ def _show_verbs() -> None:
     for verb, summary in verbs().items():
         table.add_row(f"  {verb}", summary)
     console.print(table)
-    console.print("\nOverrides are Hydra's: data=mnist5k quantization.bits=4, or -m quantization.bits=8,6,4 for a sweep.")
+    console.print(
+        "\nOverrides are Hydra's: data=mnist5k quantization.bits=4, or -m quantization.bits=8,6,4 for a sweep."
+    )
     console.print("lightning-qat VERB --help shows the whole config of a verb.")
 
 

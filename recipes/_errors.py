@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from importlib import resources
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_qat.config import nearest_first
@@ -22,7 +22,7 @@ def nearest(value: object, known: Iterable[str]) -> str:
     """Return what follows ``"... is not known"``: the nearest of ``known`` if one is near, then all of them."""
     names = nearest_first(str(value), known)
     listed = f" Known: {', '.join(map(repr, names))}" if names else ""
-    near = bool(difflib.get_close_matches(str(value), names[:1], cutoff=0.5))
+    near = bool(names) and (str(value) in names[0] or difflib.get_close_matches(str(value), names[:1], cutoff=0.5))
     return f"; did you mean {names[0]!r}?{listed}" if near else f".{listed}"
 
 
@@ -33,7 +33,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name!r} is not known{nearest(name, error.options or _options(group))}"
-    if isinstance(error, HydraException):
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         cause = error.__cause__
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
             return _unknown_key(cause)

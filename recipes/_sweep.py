@@ -16,10 +16,11 @@ from lightning_qat.recipes._errors import ConfigError
 
 
 def check_sweep() -> None:
-    """In the first job of ``-m``, check the configs of all the others.
+    """In the first job of ``-m``, check the configs of all jobs.
 
     Raises:
-        ConfigError: one of them is wrong; the message says which.
+        SystemExit: one of them is wrong; the message says which. After any other exception Hydra would go on
+            with the next job.
     """
     this = HydraConfig.get()
     if this.mode is not RunMode.MULTIRUN or this.job.num != 0:
@@ -33,4 +34,4 @@ def check_sweep() -> None:
             try:
                 check(hydra.compose(this.job.config_name, job))
             except ConfigError as error:
-                raise ConfigError(f"job {' '.join(job)}: {error}") from error
+                raise SystemExit(f"job {' '.join(job)}: {error}") from error

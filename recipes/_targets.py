@@ -30,7 +30,9 @@ def check_targets(node: Any, where: str) -> None:
     if not isinstance(node, DictConfig):
         return
     if OmegaConf.is_missing(node, "_target_"):
-        raise ConfigError(f"{where}._target_ is missing; give the path of a class: {where}._target_=package.module.Class")
+        raise ConfigError(
+            f"{where}._target_ is missing; give the path of a class: {where}._target_=package.module.Class"
+        )
     if "_target_" in node:
         target = locate(str(node._target_), f"{where}._target_")
         known = _arguments(target)

@@ -28,7 +28,9 @@ class DigitsDataModule(ImageDataModule):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ModuleNotFoundError("the digits come with scikit-learn, which is not installed; run: pip install scikit-learn") from error
+            raise ModuleNotFoundError(
+                "the digits come with scikit-learn, which is not installed; run: pip install scikit-learn"
+            ) from error
         data, target = load_digits(return_X_y=True)
         images = torch.from_numpy(data).float().reshape(-1, 1, 8, 8) / 16
         arrays = ImageArrays(images, torch.from_numpy(target).long())

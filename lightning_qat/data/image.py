@@ -120,9 +120,7 @@ class ImageDataModule(L.LightningDataModule):
         seed: of the split. The order in training follows the seed of the run.
     """
 
-    def __init__(
-        self, *, batch_size: int = 64, val_fraction: float = 0.1, num_workers: int = 0, seed: int = 0
-    ) -> None:
+    def __init__(self, *, batch_size: int = 64, val_fraction: float = 0.1, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} is not allowed; use an integer of 1 or more")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.layout import (
+    block_limit,
     channel_blocks,
     channel_parameter,
     empty_result,
@@ -272,8 +273,9 @@ def _fake_quantize_cpu(
     result = empty_result(x, group)
     out, (values,) = view_channels(result, (x,), axis, group)
     step, zero = _channel_parameters(scale, zero_point)
-    scratch = None if x.dtype == torch.float32 else empty_scratch(out.shape)
-    for block in channel_blocks(out.shape):
+    limit = block_limit(in_place=x.dtype == torch.float32)
+    scratch = None if x.dtype == torch.float32 else empty_scratch(out, limit)
+    for block in channel_blocks(out.shape, limit):
         s, target = step[block[1]], out[block]
         if scratch is None:
             codes = torch.div(values[block], s, out=target)
@@ -311,8 +313,9 @@ def _fake_quantize_backward_cpu(
         return match_layout(result, x), grad_scale, grad_zero
     out, (values, grads) = view_channels(result, (x, grad), axis, group)
     sums = torch.zeros(2, len(step), dtype=torch.float64)
-    scratch = [empty_scratch(out.shape) for _ in range(3)]
-    for block in channel_blocks(out.shape):
+    limit = block_limit(in_place=x.dtype == torch.float32 and not (needs[1] or needs[2]))
+    scratch = [empty_scratch(out, limit) for _ in range(3)]
+    for block in channel_blocks(out.shape, limit):
         c, g, target = block[1], grads[block], out[block]
         value, z = values[block].to(torch.float32), None if zero is None else zero[c]
         spare, codes, margin = (view_scratch(s, target) for s in scratch)
@@ -325,8 +328,7 @@ def _fake_quantize_backward_cpu(
         if needs[2]:
             sums[1, c] += _zero_point_terms(g, step[c], margin <= 0).sum((0, 2))
         if needs[0]:
-            # In the wider of the two dtypes, so that the gradient is not rounded.
-            torch.ops.aten.threshold_backward.grad_input(g, margin, 0, grad_input=target)
+            _pass_inside(g, margin, target, spare)
     if needs[1]:
         grad_scale.copy_(sums[0].reshape(grad_scale.shape))
     if needs[2]:
@@ -347,6 +349,15 @@ def _margin(value: Tensor, low: Tensor, high: Tensor, out: Tensor, spare: Tensor
         torch.minimum(out, torch.sub(high, value, out=spare), out=out)
 
 
+def _pass_inside(grad: Tensor, margin: Tensor, target: Tensor, spare: Tensor) -> None:
+    """Write ``grad`` into ``target`` where ``margin`` is positive, and 0 elsewhere; it passes a NaN."""
+    threshold_backward = torch.ops.aten.threshold_backward.grad_input
+    if target.dtype.itemsize < margin.dtype.itemsize:
+        target.copy_(threshold_backward(spare.copy_(grad), margin, 0, grad_input=spare))
+    else:
+        threshold_backward(grad, margin, 0, grad_input=target)
+
+
 def _scale_terms_cpu(
     grad: Tensor,
     value: Tensor,
@@ -361,7 +372,7 @@ def _scale_terms_cpu(
     """Write :func:`_scale_terms` into ``codes``; ``ratio`` is scratch."""
     torch.div(value, step, out=ratio)
     _clamp_codes(torch.round(ratio, out=codes), zero, quant_min, quant_max)
-    torch.ops.aten.threshold_backward.grad_input(ratio, margin, 0, grad_input=ratio)
+    _pass_inside(ratio, margin, ratio, ratio)
     codes.sub_(ratio).mul_(grad.to(torch.float32))
 
 

@@ -161,11 +161,14 @@ def match_layout(result: Tensor, x: Tensor) -> Tensor:
 
 # --- blocks for the CPU kernels -------------------------------------------------------------------
 
-#: Elements that go through all passes at a time. Each pass ends in a barrier of all threads, which costs
-#: 12 ms while other processes keep the cores busy, so blocks are few rather than small. 4096 x 4096 on
+#: Elements that go through all passes at a time, where the passes work in the result and where they need
+#: scratch memory besides. Each pass ends in a barrier of all threads, which costs 12 ms while other
+#: processes keep the cores busy, so blocks are few rather than small. The forward pass of 4096 x 4096 on
 #: two cores: blocks that fit L2 (256K elements) take 7.0 ms alone and 3300 ms beside busy processes, 4M
-#: elements 7.2 and 190 ms, 8M elements 7.8 and 95 ms; PyTorch's own op 47 and 155 ms.
+#: elements 7.2 and 190 ms, 8M elements 7.8 and 95 ms; PyTorch's own op 47 and 155 ms. With gradients of
+#: the scale: 20 ms alone with 2M elements, 29 ms with 8M.
 _BLOCK_ELEMENTS = 8 * 1024 * 1024
+_SCRATCH_ELEMENTS = 2 * 1024 * 1024
 
 _HUGE_PAGE_BYTES = 4 * 1024 * 1024
 _MADV_HUGEPAGE = 14
@@ -189,10 +192,14 @@ def view_channels(result: Tensor, others: Sequence[Tensor], axis: int, group: in
     return result.permute(order).view(shape), [t.permute(order).reshape(shape) for t in others]
 
 
-def channel_blocks(shape: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield slices that cut a ``[outer, C, inner]`` view into blocks of limited size."""
+def block_limit(in_place: bool) -> int:
+    """Return the elements of a block whose passes work in the result alone, or need scratch memory."""
+    return _BLOCK_ELEMENTS if in_place else _SCRATCH_ELEMENTS
+
+
+def channel_blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield slices that cut a ``[outer, C, inner]`` view into blocks of up to ``limit`` elements."""
     outer, channels, inner = shape
-    limit = _BLOCK_ELEMENTS
     outer_step = max(1, limit // (channels * inner))
     channel_step = min(channels, max(1, limit // inner))
     inner_step = min(inner, limit)
@@ -212,9 +219,9 @@ def empty_result(x: Tensor, group: int) -> Tensor:
     return _advise_huge_pages(torch.empty(x.shape, dtype=x.dtype) if group else torch.empty_like(x))
 
 
-def empty_scratch(shape: Sequence[int]) -> Tensor:
-    """Return flat uninitialized float32 CPU memory for one block of a ``[outer, C, inner]`` view."""
-    return _advise_huge_pages(torch.empty(min(prod(shape), _BLOCK_ELEMENTS)))
+def empty_scratch(result: Tensor, limit: int) -> Tensor:
+    """Return flat uninitialized float32 CPU memory for one block of ``result``."""
+    return _advise_huge_pages(torch.empty(min(result.numel(), limit)))
 
 
 def view_scratch(scratch: Tensor, block: Tensor) -> Tensor:

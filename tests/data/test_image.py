@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lightning_qat.data import ImageArrays, ImageDataModule, stratified_split
 
 

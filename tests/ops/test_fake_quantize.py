@@ -27,6 +27,7 @@ from lightning_qat.ops.fake_quantize import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GRANULARITIES = ("tensor", "channel", "group", "token")
@@ -123,8 +124,13 @@ def cases(draw: st.DrawFn, min_size: int = 0, dtypes: tuple[torch.dtype, ...] = 
         if draw(st.booleans()):
             zero_point = zero_point + torch.rand(count, generator=generator)
     x = relayout(x.to(draw(st.sampled_from(dtypes))), draw(st.sampled_from(LAYOUTS)))
-    block = draw(st.sampled_from((1, 7, 64, layout._BLOCK_ELEMENTS)))
+    block = draw(st.sampled_from((1, 7, 64, 2**21)))
     return Case(x, scale, zero_point, bits, symmetric, axis, group_size, block, seed)
+
+
+def blocks_of(elements: int) -> AbstractContextManager[object]:
+    """Let the CPU kernels work in blocks of so many elements, so that small tensors take several."""
+    return mock.patch.multiple(layout, _BLOCK_ELEMENTS=elements, _SCRATCH_ELEMENTS=elements)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, where: Tensor | None = None) -> None:
@@ -212,7 +218,7 @@ def test_gradients_equal_autograd_through_lsq(case: Case) -> None:
         wanted.append(zero_point)
     grad = case.randn()
     expected = torch.autograd.grad(lsq(case, x, scale, zero_point), wanted, grad)
-    with mock.patch.object(layout, "_BLOCK_ELEMENTS", case.block):
+    with blocks_of(case.block):
         actual = torch.autograd.grad(fake_quantize(x, scale, zero_point, **case.options), wanted, grad)
     # The witness multiplies the gradient by the scale and divides by it again.
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=0)
@@ -258,7 +264,7 @@ def test_quant_range(bits: int, symmetric: bool, expected: tuple[int, int]) -> N
 @settings(max_examples=400, deadline=None)
 def test_cpu_forward_equals_the_definition_bit_for_bit(case: Case) -> None:
     before = case.x.clone()
-    with mock.patch.object(layout, "_BLOCK_ELEMENTS", case.block):
+    with blocks_of(case.block):
         actual = fake_quantize_op(*case.op_arguments)
     assert_same_bits(actual, reference_fake_quantize(*case.op_arguments))
     assert actual.stride() == torch.empty_like(case.x).stride()
@@ -271,7 +277,7 @@ def test_cpu_backward_equals_the_definition(case: Case, grad_layout: str, needs_
     grad = relayout(case.randn(), grad_layout)
     learned_zero = case.zero_point is not None and case.zero_point.is_floating_point()
     arguments = (grad, *case.op_arguments, [True, needs_scale, needs_zero and learned_zero])
-    with mock.patch.object(layout, "_BLOCK_ELEMENTS", case.block):
+    with blocks_of(case.block):
         actual = fake_quantize_backward_op(*arguments)
     expected = reference_fake_quantize_backward(*arguments)
     assert_same_bits(actual[0], expected[0], where=~case.x.isnan())
@@ -331,7 +337,7 @@ def test_sizes_of_many_blocks(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with mock.patch.object(layout, "_BLOCK_ELEMENTS", 200_000):
+        with blocks_of(200_000):
             y, dx = fake_quantize(x, scale, **kwargs), fake_quantize_backward_op(*arguments)[0]
         assert_same_bits(y, reference_fake_quantize(x, scale, None, -127, 127, *grid))
         assert_same_bits(dx, reference_fake_quantize_backward(*arguments)[0])

@@ -7,9 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch import nn
+
 from lightning_qat.data import DigitsDataModule
 from lightning_qat.tasks import ImageClassifier, SmallResNet
-from torch import nn
 
 
 def trainer(**options: Any) -> L.Trainer:
