@@ -115,8 +115,8 @@ class WandbTracker(Tracker):
         import wandb
 
         run = self._opened()
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        run.log({"results": wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in rows])})
+        columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
+        run.log({"results": wandb.Table(columns=columns, data=[[row.get(str(c)) for c in columns] for row in rows])})
         for row in rows:
             numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
             run.summary.update({f"{row['variant']}/{key}": value for key, value in numbers.items()})

@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from lightning_qat.config import QuantizationPlan, check_int, resolve_plan
-from lightning_qat.recipes._errors import ConfigError
-from lightning_qat.recipes._targets import check_targets, explain_call, locate
 from lightning_qat.tracking import Tracker
 from lightning_qat.transforms.prepare import prepare
+
+from ._errors import ConfigError
+from ._targets import check_targets, explain_call, locate
 
 #: What a class raises when it cannot work with what it was given; anything else keeps its traceback.
 _REFUSALS = (ValueError, TypeError, OSError, ImportError)
@@ -48,7 +49,7 @@ class Parts:
     @contextmanager
     def tracked(self) -> Iterator[Tracker]:
         """Have the fits inside logged; the tracker is finished on leaving, however that happens."""
-        self.tracker.start(OmegaConf.to_container(self.cfg, resolve=True))
+        self.tracker.start({str(key): value for key, value in _builtins(self.cfg).items()})
         failed = True
         try:
             for trainer, stage in ((self.float_trainer, "float"), (self.qat_trainer, "qat")):
@@ -183,6 +184,11 @@ def make_test_trainer(cfg: DictConfig) -> L.Trainer:
     """Return the Trainer that tests every variant of the model; of the callbacks it has the progress bar."""
     callbacks = make_callbacks(cfg.get("callbacks", {}).get("every_fit"), "callbacks.every_fit")
     return make_trainer(cfg.trainer, [callback for callback in callbacks if isinstance(callback, ProgressBar)])
+
+
+def _builtins(cfg: DictConfig) -> dict[Any, Any]:
+    found = OmegaConf.to_container(cfg, resolve=True)
+    return found if isinstance(found, dict) else {}
 
 
 def _merged(node: DictConfig, changes: DictConfig) -> DictConfig:

@@ -13,8 +13,8 @@ from importlib import resources
 from rich.console import Console
 from rich.table import Table
 
-from lightning_qat.recipes._errors import explain, nearest
-from lightning_qat.recipes._quiet import quiet
+from ._errors import explain, nearest
+from ._quiet import quiet
 
 _PACKAGE = "lightning_qat.recipes"
 

@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from lightning_qat.recipes._errors import ConfigError
 from lightning_qat.transforms import float_state_dict
+
+from ._errors import ConfigError
 
 MODEL = "model"
 PTQ_MODEL = "ptq_model"

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_qat.metrics import Agreement, sqnr
-from lightning_qat.recipes._errors import ConfigError
 from lightning_qat.report import Variant
+
+from ._errors import ConfigError
 
 #: Predictions are compared up to this many numbers (256 MB in float32); more of them say nothing more.
 _MOST_NUMBERS = 2**26
@@ -43,20 +44,23 @@ class Measurement:
 
     def agreement(self, other: Measurement) -> float | None:
         """Return the share of equal top-1 predictions, or None where they cannot be compared."""
-        if not self._comparable(other):
+        pair = self._pair(other)
+        if pair is None:
             return None
         metric = Agreement()
-        metric.update(self.outputs, other.outputs)
+        metric.update(*pair)
         return float(metric.compute())
 
     def sqnr_db(self, reference: Measurement) -> float | None:
         """Return the SQNR of these outputs against those of ``reference``, or None where they cannot be compared."""
-        if self.outputs is None or reference.outputs is None or not self._comparable(reference):
-            return None
-        return float(sqnr(reference.outputs, self.outputs))
+        pair = self._pair(reference)
+        return None if pair is None else float(sqnr(*pair))
 
-    def _comparable(self, other: Measurement) -> bool:
-        return self.outputs is not None and other.outputs is not None and self.outputs.shape == other.outputs.shape
+    def _pair(self, reference: Measurement) -> tuple[Tensor, Tensor] | None:
+        """Return the outputs of the reference and of this one, or None where they cannot be compared."""
+        if self.outputs is None or reference.outputs is None or self.outputs.shape != reference.outputs.shape:
+            return None
+        return reference.outputs, self.outputs
 
 
 def measure(task: L.LightningModule, data: L.LightningDataModule, trainer: L.Trainer, *, seed: int) -> Measurement:

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_qat.recipes._files import PICTURE, RESULTS
 from lightning_qat.report import Variant, draw_results, results_table, write_results
+
+from ._files import PICTURE, RESULTS
 
 logger = logging.getLogger(__name__)
 

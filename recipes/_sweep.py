@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from lightning_qat.recipes._build import check
-from lightning_qat.recipes._errors import ConfigError
+from ._build import check
+from ._errors import ConfigError
 
 
 def check_sweep() -> None:

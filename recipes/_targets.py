@@ -7,12 +7,14 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_qat.config import nearest_first
-from lightning_qat.recipes._errors import ConfigError, nearest
+
+from ._errors import ConfigError, nearest
 
 _HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
@@ -36,14 +38,16 @@ def check_targets(node: Any, where: str) -> None:
     if "_target_" in node:
         target = locate(str(node._target_), f"{where}._target_")
         known = _arguments(target)
-        for key in node:
-            if known is not None and key not in known and key not in _HYDRA_KEYS:
-                name = getattr(target, "__name__", str(target))
-                raise ConfigError(f"{where}.{key}: {name} takes no argument {str(key)!r}{nearest(key, known)}")
-    for key in node:
-        # A reference (${model}) is checked where it points to.
-        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-            check_targets(node[key], f"{where}.{key}")
+        name = getattr(target, "__name__", str(target))
+        for argument in map(str, node):
+            if known is not None and argument not in known and argument not in _HYDRA_KEYS:
+                told = f"{name} takes no argument {argument!r}{nearest(argument, known)}"
+                raise ConfigError(f"{where}.{argument}: {told}")
+    # A reference (${model}) is checked where it points to.
+    children: Iterable[tuple[Any, Any]] = node.items_ex(resolve=False)
+    for key, child in children:
+        if isinstance(child, (DictConfig, ListConfig)) and not child._is_interpolation():
+            check_targets(child, f"{where}.{key}")
 
 
 def locate(path: str, where: str) -> Any:

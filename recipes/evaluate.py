@@ -8,13 +8,14 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from lightning_qat.recipes._build import make_data, make_task, make_test_trainer
-from lightning_qat.recipes._errors import ConfigError
-from lightning_qat.recipes._files import FLOAT_WEIGHTS, MODEL, load_config, load_weights
-from lightning_qat.recipes._measure import folder_bytes, measure
-from lightning_qat.recipes._show import show
 from lightning_qat.report import Variant
 from lightning_qat.transforms import QuantizedFileError, load_quantized
+
+from ._build import make_data, make_task, make_test_trainer
+from ._errors import ConfigError
+from ._files import FLOAT_WEIGHTS, MODEL, load_config, load_weights
+from ._measure import folder_bytes, measure
+from ._show import show
 
 
 def evaluate(cfg: DictConfig) -> list[Variant]:

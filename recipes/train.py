@@ -8,14 +8,16 @@ from pathlib import Path
 import hydra
 from lightning import LightningModule
 from omegaconf import DictConfig
+from torch import nn
 
-from lightning_qat.recipes._build import Parts, build
-from lightning_qat.recipes._files import FLOAT_WEIGHTS, MODEL, PTQ_MODEL, load_weights, save_config, save_weights
-from lightning_qat.recipes._measure import evaluation_step, folder_bytes, measure
-from lightning_qat.recipes._show import show
-from lightning_qat.recipes._sweep import check_sweep
 from lightning_qat.report import Variant, main_metric
 from lightning_qat.transforms import calibrate, convert, prepare, save_quantized
+
+from ._build import Parts, build
+from ._files import FLOAT_WEIGHTS, MODEL, PTQ_MODEL, load_weights, save_config, save_weights
+from ._measure import evaluation_step, folder_bytes, measure
+from ._show import show
+from ._sweep import check_sweep
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +73,9 @@ def fit_float(parts: Parts) -> LightningModule:
 
 def quantize_after_training(parts: Parts, task: LightningModule) -> LightningModule:
     """Return ``task`` in integers with ranges from training batches, which its own test step is run on."""
+    run = getattr(parts.calibration_trainer, evaluation_step(task, parts.data))
 
-    def test_on(model: LightningModule, loader: object) -> None:
-        run = getattr(parts.calibration_trainer, evaluation_step(task, parts.data))
+    def test_on(model: nn.Module, loader: object) -> None:
         run(model, dataloaders=loader, verbose=False)
 
     prepare(task, parts.plan)

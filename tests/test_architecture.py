@@ -72,7 +72,7 @@ def module_name(path: Path, root: Path) -> str:
 
 def room_of(module: str) -> str:
     """Return the room of ``lightning_qat.room.anything``, or ``""`` for the facade."""
-    room = (module.split(".") + [""])[1]
+    room = [*module.split("."), ""][1]
     return "" if room == "__main__" else room
 
 

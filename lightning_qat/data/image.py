@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import lightning as L
 import torch
@@ -79,7 +79,7 @@ class _EpochOrder(Sampler[int]):
         yield from torch.randperm(self.length, generator=generator).tolist()
 
 
-def _as_fetched(batch: Batch) -> Batch:
+def _as_fetched(batch: Any) -> Any:
     return batch
 
 

@@ -307,7 +307,7 @@ def _fake_quantize_backward_cpu(
     step, zero = _channel_parameters(scale, zero_point)
     low, high = _edges(step, zero, quant_min, quant_max)
     result = empty_result(x, group)
-    if len(step) == 1 and x.dtype != torch.float64 and not (needs[1] or needs[2]):
+    if len(step) == 1 and x.dtype != torch.float64 and needs == [True, False, False]:
         # One pass and no copy, whatever the strides. (At a NaN its vector part gives 0, its tail the gradient.)
         torch.ops.aten.hardtanh_backward.grad_input(grad, x, low.item(), high.item(), grad_input=result)
         return match_layout(result, x), grad_scale, grad_zero

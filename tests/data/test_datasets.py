@@ -31,7 +31,7 @@ def test_digits() -> None:
     assert float(images.sum()) == pytest.approx(load_digits().data.sum() / 16)
     for _, labels in parts.values():
         counts = labels.bincount(minlength=10)
-        assert counts.max() - counts.min() <= 4  # of each digit about as many
+        assert counts.max() - counts.min() <= 6  # of each digit about as many
 
 
 def test_the_test_set_is_the_same_in_every_run() -> None:

@@ -44,7 +44,6 @@ def test_resnet_options_are_checked(options: dict[str, Any]) -> None:
 
 
 def test_digits_above_97_percent() -> None:
-    torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     task, data, fit = ImageClassifier(SmallResNet()), DigitsDataModule(), trainer(max_epochs=6)
     fit.fit(task, datamodule=data)
