@@ -21,6 +21,7 @@ from lightning_qat.tracking import Tracker
 from lightning_qat.transforms.prepare import prepare
 
 from ._errors import ConfigError
+from ._measure import evaluation_step
 from ._targets import check_targets, explain_call, locate
 
 #: What a class raises when it cannot work with what it was given; anything else keeps its traceback.
@@ -70,12 +71,14 @@ def build(cfg: DictConfig) -> Parts:
     plan = check(cfg)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    data = make_data(cfg.data)
+    evaluation_step(make_task(cfg.task), data)  # raises where the two cannot be tested together
     every_fit, qat_fit = (cfg.callbacks.get(key) or {} for key in ("every_fit", "qat_fit"))
     callbacks = make_callbacks(every_fit, "callbacks.every_fit")
     batches = {"limit_test_batches": cfg.calibration_batches, "limit_val_batches": cfg.calibration_batches}
     return Parts(
         cfg=cfg,
-        data=make_data(cfg.data),
+        data=data,
         plan=plan,
         float_trainer=make_trainer(cfg.trainer, callbacks, **cfg.float_fit),
         qat_trainer=make_trainer(
@@ -83,7 +86,7 @@ def build(cfg: DictConfig) -> Parts:
             make_callbacks(every_fit, "callbacks.every_fit") + make_callbacks(qat_fit, "callbacks.qat_fit"),
             **cfg.qat_fit,
         ),
-        # Ranges are trained on no further, but tensors made in inference mode could not even be converted.
+        # Ranges found in inference mode would be inference tensors, which convert could not work with.
         calibration_trainer=make_trainer(cfg.trainer, [], **batches, inference_mode=False, enable_progress_bar=False),
         test_trainer=make_test_trainer(cfg),
         tracker=make(cfg.logger, "logger"),

@@ -18,6 +18,14 @@ class FoldedBatchNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return input
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            raise AttributeError(
+                f"this BatchNorm was folded into the layer before it and has no {name!r} any more; "
+                "keep it with BatchNormFolding(False) or QATConfig(fold_batchnorm=False)"
+            )
+        return super().__getattr__(name)
+
 
 def norm_factor_and_shift(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what an evaluated BatchNorm does to a layer before it, in float64.

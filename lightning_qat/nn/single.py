@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.config import PlanLike, QuantizationConfig, QuantizationPlan, resolve_plan
+from lightning_qat.config import PlanLike, QuantizationConfig, QuantizationPlan, check_available, resolve_plan
 from lightning_qat.nn.layer import QATLayer, make_qat, shallow_copy_into
 
 
@@ -17,6 +17,7 @@ def single_layer_configs(config: PlanLike) -> tuple[QuantizationConfig, Quantiza
             "a QuantizationPlan describes a model; give a layer a QATConfig, a QuantizationConfig or a preset's name"
         )
     base: Any = resolve_plan(config).base
+    check_available(base)
     return base.weight_config(), base.activation_config()
 
 

@@ -121,10 +121,8 @@ def _pack_within_byte(unsigned: Tensor, bits: int) -> Tensor:
 
 def _unpack_within_byte(packed: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
-    lanes = packed.new_empty(len(packed), per_byte)
-    for lane in range(per_byte):
-        torch.bitwise_and(packed >> (lane * bits), 2**bits - 1, out=lanes[:, lane])
-    return lanes.view(-1)
+    lanes = [(packed >> (lane * bits)) & (2**bits - 1) for lane in range(per_byte)]
+    return torch.stack(lanes, dim=1).view(-1)
 
 
 def _pack_across_bytes(unsigned: Tensor, bits: int, size: int) -> Tensor:

@@ -189,6 +189,8 @@ class WeightQuantizer(FakeQuantizer):
             observer.to(rows.device).update(rows)
             scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
             return scale.reshape(shape), zero_point.reshape(shape)
+        if rows.dtype == torch.float64:
+            rows = rows.float()
         if self._format.symmetric:
             # One pass without a copy of |w|; NaN and inf come out as they are.
             high = torch.linalg.vector_norm(rows, float("inf"), dim=1, dtype=torch.float32).reshape(shape)
@@ -262,6 +264,7 @@ class ActivationQuantizer(FakeQuantizer):
         self.spatial_dims = spatial_dims
         self.calibrating = False
         self.calibrated = config.dynamic
+        self._samples = 0
         self.observer = None
         if not config.dynamic:
             self.observer = make_observer(
@@ -295,6 +298,16 @@ class ActivationQuantizer(FakeQuantizer):
         if self.observer is not None:
             self.observer.reset()
             self.calibrated = False
+            self._samples = 0
+
+    def _within_samples(self, x: Tensor) -> Tensor:
+        """Return what of ``x`` calibration may still look at; samples lie along dimension 0."""
+        most = self.config.calibration_samples
+        if most is None or not self.calibrating or not x.dim():
+            return x
+        kept = x[: max(most - self._samples, 0)]
+        self._samples += len(kept)
+        return kept
 
     def _observes_now(self) -> bool:
         if self.observer is None:
@@ -307,8 +320,9 @@ class ActivationQuantizer(FakeQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point, fmt = self.scale, self.zero_point, self._format
         if self._observes_now():
-            self.observer.update(x)  # type: ignore[union-attr]
-            if x.numel():
+            seen = self._within_samples(x)
+            self.observer.update(seen)  # type: ignore[union-attr]
+            if seen.numel():
                 # Fresh tensors go to the op: the buffers may be written again before backward runs
                 # (a layer used twice), which autograd would refuse.
                 self.calibrated = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,12 +29,13 @@ def static_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Observe every forward run inside, in evaluation mode; ranges are set on leaving.
 
-    Ranges learned before are forgotten. The training mode of every module is put back.
+    Ranges learned before are forgotten, unless it fails. The training mode of every module is put back.
     """
     quantizers = static_quantizers(model)
     modes = {module: module.training for module in model.modules()}
     weights = [layer.weight_quantizer for _, layer in qat_layers(model)]
     quantized = [quantizer.quantizing for quantizer in weights]
+    before = [copy.deepcopy(quantizer.state_dict()) for quantizer in quantizers]
     try:
         model.eval()
         for quantizer in quantizers:
@@ -46,6 +48,10 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         for quantizer in quantizers:
             if quantizer.calibrated:
                 quantizer.refresh()
+    except BaseException:
+        for quantizer, state in zip(quantizers, before, strict=True):
+            quantizer.load_state_dict(state)
+        raise
     finally:
         for quantizer in quantizers:
             quantizer.calibrating = False

@@ -228,6 +228,9 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
         )
     for name in manifest["folded_norms"]:
         drop_norm(modules[name])
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.dtype != tensors[name].dtype:
+            tensor.data = tensor.data.to(tensors[name].dtype)  # a half-precision model loads as one
     model.load_state_dict(tensors | manifest["extra_state"], strict=True)
     leave_fast_paths(model)
     return model.to(device).eval()

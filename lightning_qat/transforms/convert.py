@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_qat.nn import FoldedBatchNorm, QATLayer
 from lightning_qat.nn.layer import make_quantized, unmake_qat
@@ -63,14 +65,13 @@ def _norm_of(model: nn.Module, name: str, layer: QATLayer) -> nn.Module | None:
 
 
 def _fold_into_codes(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, factor: Tensor, fmt: TensorFormat
+    codes: Tensor, scale: Tensor, zero_point: Tensor, factor: Tensor, fmt: TensorFormat, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, TensorFormat]:
     """Multiply a weight, given as codes, by ``factor`` per output channel without quantizing it anew.
 
     The scale takes ``|factor|`` and the codes its sign. Where a code has no negative (the lowest of a
     full-range grid), the scale keeps the sign. A channel whose factor is 0 gets codes of value 0.
     """
-    axis = fmt.axis or 0
     if fmt.group_size is None:
         scale = scale.expand(factor.numel()).clone()
         zero_point = zero_point.expand(factor.numel()).clone()
@@ -130,6 +131,11 @@ def _strip_reparametrization(layer: nn.Module) -> None:
         del layer._modules["parametrizations"]
         for name, value in values.items():
             layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(layer, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(layer, hook.name)
     if prune.is_pruned(layer) and hasattr(layer, "weight_orig"):
         prune.remove(layer, "weight")
 
@@ -142,11 +148,12 @@ def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
     fmt = quantizer.format
     codes = get_scheme(fmt.scheme).quantize(weight, scale, zero_point, fmt)
     input_format, tensors = _input_tensors(layer.input_quantizer, name)
+    axis = layer.channel_axis
     unmake_qat(layer)
     _strip_reparametrization(layer)
     if norm is not None:
         factor, shift = norm_factor_and_shift(norm, layer.bias)  # type: ignore[arg-type]
-        codes, scale, zero_point, fmt = _fold_into_codes(codes, scale, zero_point, factor, fmt)
+        codes, scale, zero_point, fmt = _fold_into_codes(codes, scale, zero_point, factor, fmt, axis)
         layer.register_parameter("bias", nn.Parameter(shift.to(weight.dtype), requires_grad=False))
     packed = get_scheme(fmt.scheme).pack(codes, fmt)
     tensors |= {"weight_packed": packed, "weight_scale": scale, "weight_zero_point": zero_point}

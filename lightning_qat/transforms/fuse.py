@@ -43,6 +43,8 @@ def decide_no_folding(model: nn.Module) -> None:
 def _can_take_in(layer: QATLayer, norm: nn.Module, output_dims: int | None) -> bool:
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return False
+    if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return False  # one with an activation of its own, say
     if issubclass(float_type(layer), nn.Linear):
         # BatchNorm1d of [N, C, L] normalizes dimension 1, a Linear's channels are the last one.
         return output_dims == 2
@@ -120,7 +122,7 @@ def watch_folds(model: nn.Module) -> Iterator[None]:
         return
     watch = _Watch()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    handles = [layer.register_forward_hook(watch.layer_done) for layer in layers]
+    handles = [layer.register_forward_hook(watch.layer_done, prepend=True) for layer in layers]
     handles += [norm.register_forward_pre_hook(watch.norm_starts) for norm in norms]
     handles += [norm.register_forward_hook(watch.norm_done, always_call=True) for norm in norms]
     handles.append(model.register_forward_hook(lambda _m, _a, output: watch.read(tree_leaves(output))))
@@ -165,7 +167,8 @@ def trace_folds(model: nn.Module) -> None:
         proxy = torch.empty(0)  # a trace knows no shapes, so a Linear is not folded here
         watch.outputs[id(proxy)] = (proxy, layer)
         norm = modules.get(readers[0].target) if len(readers) == 1 and readers[0].op == "call_module" else None
-        if isinstance(norm, _BatchNorm):
+        # A trace does not run hooks, so it cannot know what they do to the output.
+        if isinstance(norm, _BatchNorm) and not layer._forward_hooks and not norm._forward_pre_hooks:
             watch.norm_of[id(proxy)] = norm
     for node in graph.nodes:
         norm = modules.get(node.target) if node.op == "call_module" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qat.config import LayerRule, QuantizationConfig, QuantizationPlan, nearest_first
@@ -12,6 +13,8 @@ from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.nn.layer import supported_class
 
 logger = logging.getLogger(__name__)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: Weight and activation config of one layer.
 LayerConfigs = tuple[QuantizationConfig, "QuantizationConfig | None"]
@@ -34,8 +37,8 @@ def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
         if supported_class(type(module)) is None or isinstance(module, (QATLayer, QuantizedLayer)):
             continue
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            continue  # already packed by another library
+        if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
+            continue  # already quantized by another library
         if id(module) in skipped:
             logger.info("layer %r stays in float: nn.MultiheadAttention reads its weight without calling it", name)
             continue
@@ -43,9 +46,10 @@ def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _rule_matches(rule: LayerRule, name: str, module: nn.Module) -> bool:
+def _rule_matches(rule: LayerRule, names: list[str], module: nn.Module) -> bool:
     if isinstance(rule.match, str):
-        return fnmatch.fnmatchcase(name, rule.match)
+        pattern = rule.match
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names)
     return isinstance(module, rule.match)
 
 
@@ -74,8 +78,11 @@ def match_layers(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerCon
     if plan.base is not None:
         configs = plan.base.weight_config(), plan.base.activation_config()  # type: ignore[union-attr]
         matched = {name: configs for name, module in layers.items() if not isinstance(module, nn.Embedding)}
+    names: dict[int, list[str]] = {}  # a layer of two parents goes by two names
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     for rule in plan.rules:
-        hits = [name for name, module in layers.items() if _rule_matches(rule, name, module)]
+        hits = [name for name, module in layers.items() if _rule_matches(rule, names[id(module)], module)]
         if not hits:
             raise _unmatched(rule, layers)
         for name in hits:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
+from lightning_qat.config import PlanLike, QuantizationPlan, check_available, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.nn.layer import make_qat, unmake_qat
 from lightning_qat.transforms.match import match_layers
@@ -32,10 +33,10 @@ def qat_layers(model: nn.Module) -> Iterator[tuple[str, QATLayer]]:
 
 
 def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
-    """Deep-copy ``model``, also one with pruned layers, whose masked weight autograd does not let copy."""
+    """Deep-copy ``model``, also one that keeps graph tensors: pruned weights, losses in a list."""
     memo = {} if memo is None else memo
     for module in model.modules():
-        for value in module.__dict__.values():
+        for value in tree_leaves(list(module.__dict__.values())):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
@@ -52,6 +53,8 @@ def leave_fast_paths(model: nn.Module) -> None:
             quantized = any(isinstance(child, (QATLayer, QuantizedLayer)) for child in module.modules())
             if quantized:
                 module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # integer grids are not defined on nested tensors
 
 
 def prepare(model: ModelT, plan: PlanLike = "int8") -> ModelT:
@@ -73,6 +76,7 @@ def prepare(model: ModelT, plan: PlanLike = "int8") -> ModelT:
             or if a layer cannot have its config.
     """
     resolved = resolve_plan(plan)
+    compiled, model = model, getattr(model, "_orig_mod", model)  # of torch.compile
     known = prepared_plan(model)
     if known is not None:
         if known != resolved:
@@ -80,13 +84,12 @@ def prepare(model: ModelT, plan: PlanLike = "int8") -> ModelT:
                 f"{type(model).__name__} is already prepared with another plan ({known}); "
                 "build a new model, or change bits with set_bits(model, ...)"
             )
-        return model
+        return compiled
     for name, module in model.named_modules():
         if isinstance(module, (QATLayer, QuantizedLayer)):
             state = "prepared" if isinstance(module, QATLayer) else "converted"
             raise ValueError(f"layer {name!r} of {type(model).__name__} is already {state}; prepare a float model")
-    if resolved.base is not None and resolved.base.learnable_step_size:  # type: ignore[union-attr]
-        raise ValueError("learnable_step_size=True is not available in this version; use learnable_step_size=False")
+    check_available(resolved.base)
     matched = match_layers(model, resolved)
     layers = dict(model.named_modules())
     done: list[str] = []
@@ -94,10 +97,10 @@ def prepare(model: ModelT, plan: PlanLike = "int8") -> ModelT:
         for name, (weight, activation) in matched.items():
             make_qat(layers[name], weight, activation, name or type(model).__name__)
             done.append(name)
-    except ValueError:
+    except BaseException:
         for name in done:
             unmake_qat(layers[name])
         raise
     leave_fast_paths(model)
     model.__dict__[_PLAN] = resolved
-    return model
+    return compiled

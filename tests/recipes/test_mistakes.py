@@ -57,6 +57,13 @@ def test_a_mistake_is_said_in_a_sentence(overrides: str, said: str, capsys: pyte
     assert "Traceback" not in printed
 
 
+def test_a_task_that_cannot_be_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import lightning as L, torch\nclass Task(L.LightningModule):\n    def __init__(self):\n"
+    (tmp_path / "blind.py").write_text(f"{code}        super().__init__()\n        self.net = torch.nn.Linear(2, 2)\n")
+    assert main(["train", "task._target_=blind.Task", "logger=none"]) == 2
+    assert "need test_step and test_dataloader" in capsys.readouterr().err
+
+
 def test_a_sweep_is_checked_as_a_whole_before_its_first_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "-m", "quantization.bits=8,99,4", "logger=none"]) == 2
     printed = capsys.readouterr().err

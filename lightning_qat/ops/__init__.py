@@ -1,0 +1,1 @@
+"""One file per family of operations: reference, custom op, fake, autograd, CPU kernel and the checked wrapper."""

@@ -1,0 +1,1 @@
+"""Modules that hold quantization state while a model trains."""
