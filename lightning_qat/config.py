@@ -398,9 +398,3 @@ def resolve_plan(plan: PlanLike) -> QuantizationPlan:
     raise ValueError(
         f"plan={plan!r} is not allowed; use a QuantizationPlan, a QATConfig, a QuantizationConfig or a name"
     )
-
-
-def check_available(base: QATConfig | str | None) -> None:
-    """Raise ``ValueError`` for a setting that is named but not built yet."""
-    if isinstance(base, QATConfig) and base.learnable_step_size:
-        raise ValueError("learnable_step_size=True is not available in this version; use learnable_step_size=False")

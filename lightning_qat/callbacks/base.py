@@ -8,25 +8,31 @@ that is what survives a resume.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.callbacks.calibration_run import run_calibration
 from lightning_qat.callbacks.schedule import Schedule
 from lightning_qat.config import PlanLike
+from lightning_qat.nn import QuantizedLayer
 from lightning_qat.transforms.calibrate import static_quantizers
 from lightning_qat.transforms.fuse import decide_no_folding, undecided_layers
-from lightning_qat.transforms.phase import Phase, apply_phase
+from lightning_qat.transforms.phase import apply_phase, float_forward
 from lightning_qat.transforms.prepare import prepare, prepared_plan
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_KEY = "lightning_qat"
+#: Marks our ``configure_model`` and holds what it stands before.
+_REPLACED = "_lightning_qat_replaced"
 
 
 class QuantizationCallback(pl.Callback):
@@ -38,6 +44,8 @@ class QuantizationCallback(pl.Callback):
     def __init__(self) -> None:
         self._schedule: Schedule | None = None  # of the run, resolved; held by the leader
         self._loaders_resume = True
+        self._float = contextlib.ExitStack()  # what an evaluation in float has to put back
+        self._frozen_norms: list[nn.Module] = []
 
     def contribute(self, schedule: Schedule) -> Schedule:
         """Return ``schedule`` with this callback's own aspect set."""
@@ -68,28 +76,58 @@ class QuantizationCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not self._leads(trainer):
             return
-        self._schedule = None
         plans = [plan for plan in (peer.plan() for peer in self._peers(trainer)) if plan is not None]
         if len(plans) > 1:
             raise ValueError("more than one QuantizationAwareTraining in one Trainer; use one, with a QuantizationPlan")
+        if any(isinstance(module, QuantizedLayer) for module in pl_module.modules()):
+            if stage == "fit":
+                raise ValueError(
+                    f"{type(pl_module).__name__} is converted and cannot train; fit the model it came from"
+                )
+            return  # a converted model is evaluated as it is
+        if stage == "fit" and trainer.global_step == 0:
+            self._schedule = None  # a new run; one that goes on keeps its schedule
         _prepare_after_configure_model(pl_module, plans[0] if plans else None)
+
+    def _asked(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Return what the callbacks of ``trainer`` ask for, in builtins."""
+        peers = self._peers(trainer)
+        plan = next((p for p in (peer.plan() for peer in peers) if p is not None), None)
+        return {"plan": repr(plan), "schedule": self._combined(peers).state_dict()}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._leads(trainer) and _CHECKPOINT_KEY in checkpoint:
-            self._schedule = Schedule.from_state_dict(checkpoint[_CHECKPOINT_KEY]["schedule"])
+        if not self._leads(trainer) or _CHECKPOINT_KEY not in checkpoint or trainer.state.fn != "fit":
+            return
+        saved, asked = checkpoint[_CHECKPOINT_KEY], self._asked(trainer)
+        if saved["asked"]["plan"] != asked["plan"]:
+            raise ValueError(
+                f"the checkpoint was trained with another plan ({saved['asked']['plan']}) than this Trainer has "
+                f"({asked['plan']}); resume with the same, or start a new run from the weights alone"
+            )
+        if saved["asked"] != asked:
+            rank_zero_warn(
+                "the quantization callbacks differ from those of the checkpoint; the run goes on with the "
+                "checkpoint's schedule, as its steps were resolved when it began"
+            )
+        self._schedule = Schedule.from_state_dict(saved["schedule"])
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._leads(trainer) and self._schedule is not None:
-            checkpoint[_CHECKPOINT_KEY] = {"version": 1, "schedule": self._schedule.state_dict()}
+            state = {"version": 1, "schedule": self._schedule.state_dict(), "asked": self._asked(trainer)}
+            checkpoint[_CHECKPOINT_KEY] = state
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Before calibration there are no ranges to quantize with.
-        if self._leads(trainer):
-            apply_phase(pl_module, Phase(observing=False, quantizing=False))
+        # A resumed run has its phase. Before calibration there are no ranges to quantize with.
+        self._apply(trainer, pl_module)
+        if self._schedule is None and self._leads(trainer):
+            self._float.enter_context(float_forward(pl_module))
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._float.close()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._leads(trainer):
@@ -105,6 +143,8 @@ class QuantizationCallback(pl.Callback):
         peers = self._peers(trainer)
         schedule = self._combined(peers)
         self._schedule = schedule.resolve(*_run_length(trainer))
+        if self._schedule.freeze_scales == 0 and not schedule.calibration_batches:
+            schedule = replace(schedule, calibration_batches=8)  # ranges that never move have to come from somewhere
         if not schedule.fold_norm or not any(isinstance(m, _BatchNorm) for m in pl_module.modules()):
             decide_no_folding(pl_module)
         forward = next((f for f in (peer.calibration_forward() for peer in reversed(peers)) if f is not None), None)
@@ -130,27 +170,50 @@ class QuantizationCallback(pl.Callback):
         elif not trainer.sanity_checking:
             self._evaluate_alone(trainer, pl_module)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._float.close()
+
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluate_alone(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._float.close()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluate_alone(trainer, pl_module)
 
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._float.close()
+
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._schedule is not None and self._leads(trainer):
-            apply_phase(pl_module, self._schedule.phase(trainer.global_step))
+            phase = self._schedule.phase(trainer.global_step)
+            self._frozen_norms += apply_phase(pl_module, phase)
+
+    def _release_norms(self) -> None:
+        """Put BatchNorm back into training mode: Lightning leaves modules as it finds them."""
+        for norm in self._frozen_norms:
+            norm.train()
+        self._frozen_norms.clear()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release_norms()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._float.close()
+        self._release_norms()
 
     def _evaluate_alone(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Outside fit the restored state is the phase; a model without ranges is evaluated in float."""
         if not self._leads(trainer):
             return
-        uncalibrated = [q.name for q in static_quantizers(pl_module) if not q.calibrated]
         quantizers = static_quantizers(pl_module)
-        if quantizers and len(uncalibrated) == len(quantizers) and any(q.quantizing for q in quantizers):
+        if any(q.quantizing for q in quantizers) and not any(q.calibrated for q in quantizers):
             rank_zero_warn(
                 "no layer has an observed range yet: evaluating in float; fit or load a QAT checkpoint first"
             )
-            apply_phase(pl_module, Phase(observing=False, quantizing=False))
+            self._float.enter_context(float_forward(pl_module))
 
     def explain(self, trainer: pl.Trainer | None = None) -> str:
         """Return, as text, what will happen when.
@@ -184,6 +247,8 @@ def _prepare_after_configure_model(module: pl.LightningModule, plan: PlanLike | 
     ``functools.wraps``, which Lightning would see through.
     """
     original = module.__dict__.get("configure_model")
+    while hasattr(original, _REPLACED):  # left by a setup that failed
+        original = getattr(original, _REPLACED)
 
     def configure_model() -> None:
         if original is None:
@@ -194,6 +259,7 @@ def _prepare_after_configure_model(module: pl.LightningModule, plan: PlanLike | 
         if plan is not None or prepared_plan(module) is None:
             prepare(module, "int8" if plan is None else plan)
 
+    setattr(configure_model, _REPLACED, original)
     module.__dict__["configure_model"] = configure_model
 
 

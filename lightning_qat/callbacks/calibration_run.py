@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,16 +14,18 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
+from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.transforms.calibrate import calibrating
 from lightning_qat.transforms.fuse import watch_folds
-from lightning_qat.transforms.phase import Phase, apply_phase
+from lightning_qat.transforms.phase import float_forward
+from lightning_qat.transforms.prepare import qat_layers
 
 
 class _InertOptimizer:
-    """Stands for an optimizer in a manual ``training_step``; takes no step."""
+    """Stands for an optimizer or a learning rate scheduler in ``training_step``; takes no step."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -54,7 +57,11 @@ def _without_effects(module: pl.LightningModule) -> Iterator[None]:
         ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), _inert
     )
     quiet["optimizers"] = lambda *_, **__: inert
+    schedulers = module.lr_schedulers()
+    still = [_InertOptimizer(s) for s in schedulers] if isinstance(schedulers, list) else schedulers
+    quiet["lr_schedulers"] = lambda: still if still is None or isinstance(still, list) else _InertOptimizer(still)
     before = {name: module.__dict__[name] for name in quiet if name in module.__dict__}
+    state = _module_state(module)
     metrics = [(m, m._copy_state_dict(), m._update_count) for m in module.modules() if isinstance(m, Metric)]
     module.__dict__.update(quiet)
     try:
@@ -63,17 +70,48 @@ def _without_effects(module: pl.LightningModule) -> Iterator[None]:
         for name in quiet:
             del module.__dict__[name]
         module.__dict__.update(before)
-        for metric, state, count in metrics:
-            for name, value in state.items():
+        _put_back(state)
+        for metric, kept, count in metrics:
+            for name, value in kept.items():
                 setattr(metric, name, value)
             metric._update_count = count
             metric._computed = None
 
 
+def _module_state(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return what a ``training_step`` may change on the side, each with a copy: buffers, lists and dicts."""
+    ours = {
+        id(part) for _, layer in qat_layers(module) for part in layer.modules() if isinstance(part, QuantizationState)
+    }
+    state: list[tuple[Any, Any]] = []
+    for part in module.modules():
+        if id(part) not in ours and not isinstance(part, Metric):
+            state += [(buffer, buffer.clone()) for buffer in part._buffers.values() if buffer is not None]
+    for name, value in module.__dict__.items():
+        if isinstance(value, (list, dict)) and not name.startswith("_"):
+            state.append((value, value.copy()))
+    return state
+
+
+@torch.no_grad()
+def _put_back(state: list[tuple[Any, Any]]) -> None:
+    for value, kept in state:
+        if isinstance(value, torch.Tensor):
+            value.copy_(kept)
+        elif isinstance(value, list):
+            value[:] = kept
+        else:
+            value.clear()
+            value.update(kept)
+
+
 @contextlib.contextmanager
 def _generators_kept(loaders: Any) -> Iterator[None]:
     """Put back the generators that the loaders and their samplers draw from."""
-    owners = [part for loader in tree_leaves(loaders) for part in (loader, getattr(loader, "sampler", None))]
+    owners = list(tree_leaves(loaders))
+    for loader in list(owners):
+        batches = getattr(loader, "batch_sampler", None)
+        owners += [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
     found = [getattr(owner, "generator", None) for owner in owners]
     states = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
     try:
@@ -83,10 +121,20 @@ def _generators_kept(loaders: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
+def _with_own_iterator(loader: Any) -> Any:
+    """Return ``loader``, or a twin where workers persist: these share one iterator, which the Trainer has begun."""
+    if not getattr(loader, "persistent_workers", False):
+        return loader
+    twin = copy.copy(loader)
+    twin.__dict__.update(_iterator=None)
+    twin.__dict__["persistent_workers"] = False
+    return twin
+
+
 def _training_batches(trainer: pl.Trainer, count: int) -> Iterator[tuple[Any, int]]:
     """Yield up to ``count`` batches of the Trainer's training loader, on the device, with their index."""
     combined: Any = trainer.fit_loop._combined_loader
-    loader = CombinedLoader(combined.iterables, combined._mode)
+    loader = CombinedLoader(tree_map(_with_own_iterator, combined.iterables), combined._mode)
     limit = int(min(count, trainer.num_training_batches))
     module = trainer.lightning_module
     for batch, index, _ in itertools.islice(iter(loader), limit):
@@ -100,11 +148,12 @@ def _step(module: pl.LightningModule, batch: Any, index: int) -> None:
     try:
         module.training_step(batch, index) if takes_index else module.training_step(batch)
     except RuntimeError as error:
-        if module.automatic_optimization or "does not require grad" not in str(error):
+        if "does not require grad" not in str(error):
             raise
         raise RuntimeError(
-            "calibration runs training_step without gradients, and this one calls loss.backward() itself; use "
-            "self.manual_backward(loss), or ObserverCalibration(forward=lambda module, batch: ...)"
+            "calibration runs training_step without gradients, and this one takes gradients itself; use "
+            "self.manual_backward(loss) in place of loss.backward(), or say what to run with "
+            "ObserverCalibration(forward=lambda module, batch: ...)"
         ) from error
 
 
@@ -149,9 +198,8 @@ def run_calibration(
 def _evaluating(module: nn.Module) -> Iterator[None]:
     modes = {child: child.training for child in module.modules()}
     module.eval()
-    apply_phase(module, Phase(observing=False, quantizing=False))  # there may be no ranges yet
     try:
-        with torch.no_grad():
+        with torch.no_grad(), float_forward(module):  # there may be no ranges yet
             yield
     finally:
         for child, training in modes.items():

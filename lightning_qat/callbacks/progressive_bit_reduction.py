@@ -18,9 +18,12 @@ class ProgressiveBitReduction(QuantizationCallback):
             the plan's bits hold.
         weights: change the weights.
         activations: change the activations too.
+        match: glob on layer names; layers that a plan gives bits of their own are left out so.
     """
 
-    def __init__(self, bits: Mapping[Step, int], *, weights: bool = True, activations: bool = False) -> None:
+    def __init__(
+        self, bits: Mapping[Step, int], *, weights: bool = True, activations: bool = False, match: str = "*"
+    ) -> None:
         super().__init__()
         if not isinstance(bits, Mapping) or not bits:
             raise ValueError(f"bits={bits!r} is not allowed; use step -> bits, such as {{0: 16, 1000: 8, 2000: 4}}")
@@ -31,8 +34,10 @@ class ProgressiveBitReduction(QuantizationCallback):
         )
         self.weights = weights
         self.activations = activations
+        self.match = match
 
     def contribute(self, schedule: Schedule) -> Schedule:
+        schedule = replace(schedule, bits_match=self.match)
         if self.weights:
             schedule = replace(schedule, weight_bits=self.bits)
         return replace(schedule, activation_bits=self.bits) if self.activations else schedule

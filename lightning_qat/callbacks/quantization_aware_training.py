@@ -8,6 +8,7 @@ from typing import ClassVar
 from lightning_qat.callbacks.base import QuantizationCallback
 from lightning_qat.callbacks.schedule import Schedule
 from lightning_qat.config import PlanLike, QATConfig, Step, check_int, check_step, resolve_plan
+from lightning_qat.nn.single import check_available
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -42,9 +43,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         calibration_batches: int = 8,
     ) -> None:
         super().__init__()
-        base = resolve_plan(config).base
-        self.config = base if isinstance(base, QATConfig) else QATConfig()
         self._plan = resolve_plan(config if plan is None else plan)
+        base = self._plan.base if self._plan.base is not None else resolve_plan(config).base
+        self.config = base if isinstance(base, QATConfig) else QATConfig()
+        check_available(self.config)
         self.start_step = check_step("start_step", self.config.start_step if start_step is None else start_step)
         chosen = self.config.freeze_step if freeze_step is None else freeze_step
         self.freeze_step = None if chosen is None else check_step("freeze_step", chosen)

@@ -23,7 +23,9 @@ class Schedule:
         start: from here on the forward is fake-quantized.
         freeze_scales: from here on scales stand still.
         freeze_norm: from here on BatchNorm statistics stand still.
-        weight_bits, activation_bits: bits from a step on.
+        weight_bits: bits of the weights from a step on.
+        activation_bits: bits of the activations from a step on.
+        bits_match: glob on the names of the layers whose bits change.
         calibration_batches: training batches observed before the first step.
         fold_norm: fold BatchNorm that directly follows a layer on conversion.
     """
@@ -33,6 +35,7 @@ class Schedule:
     freeze_norm: Step | None = None
     weight_bits: BitSchedule = ()
     activation_bits: BitSchedule = ()
+    bits_match: str = "*"
     calibration_batches: int = 0
     fold_norm: bool = True
 
@@ -87,6 +90,7 @@ class Schedule:
             frozen_norm=reached(self.freeze_norm),
             weight_bits=bits(self.weight_bits),
             activation_bits=bits(self.activation_bits),
+            bits_match=self.bits_match,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,8 +115,9 @@ class Schedule:
         rows.append((0, "train in float, observing ranges") if self.start != 0 else (0, "train fake-quantized"))
         if self.start != 0:
             rows.append((self.start, "train fake-quantized"))
-        rows += [(step, f"weights at {value} bits") for step, value in self.weight_bits]
-        rows += [(step, f"activations at {value} bits") for step, value in self.activation_bits]
+        where = "" if self.bits_match == "*" else f" in {self.bits_match}"
+        rows += [(step, f"weights at {value} bits{where}") for step, value in self.weight_bits]
+        rows += [(step, f"activations at {value} bits{where}") for step, value in self.activation_bits]
         if self.freeze_scales is not None:
             rows.append((self.freeze_scales, "scales stand still"))
         if self.freeze_norm is not None:

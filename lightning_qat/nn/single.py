@@ -6,8 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.config import PlanLike, QuantizationConfig, QuantizationPlan, check_available, resolve_plan
+from lightning_qat.config import PlanLike, QATConfig, QuantizationConfig, QuantizationPlan, resolve_plan
 from lightning_qat.nn.layer import QATLayer, make_qat, shallow_copy_into
+
+
+def check_available(base: QATConfig | str | None) -> None:
+    """Raise ``ValueError`` for a setting that is named but not built yet."""
+    if isinstance(base, QATConfig) and base.learnable_step_size:
+        raise ValueError("learnable_step_size=True is not available in this version; use learnable_step_size=False")
 
 
 def single_layer_configs(config: PlanLike) -> tuple[QuantizationConfig, QuantizationConfig | None]:

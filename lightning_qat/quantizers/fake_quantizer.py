@@ -158,8 +158,7 @@ class WeightQuantizer(FakeQuantizer):
             divisors = [d for d in range(min(group_size, row), 0, -1) if row % d == 0][:2]
             ways = " or ".join(str(d) for d in divisors)
             raise ValueError(
-                f"group_size must divide in_features: {row} % {group_size} != 0 (layer {name!r}); "
-                f"use group_size={ways}"
+                f"group_size must divide in_features: {row} % {group_size} != 0 (layer {name!r}); use group_size={ways}"
             )
 
     def get_extra_state(self) -> dict[str, Any]:

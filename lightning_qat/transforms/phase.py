@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,8 +23,9 @@ class Phase:
         quantizing: fake-quantize; False is float.
         frozen: scales stand still.
         frozen_norm: BatchNorm statistics stand still.
-        weight_bits: of every weight; None leaves the plan's.
-        activation_bits: of every activation; None leaves the plan's.
+        weight_bits: of the weights; None leaves the plan's.
+        activation_bits: of the activations; None leaves the plan's.
+        bits_match: glob on the names of the layers whose bits are set.
     """
 
     observing: bool = True
@@ -31,31 +34,49 @@ class Phase:
     frozen_norm: bool = False
     weight_bits: int | None = None
     activation_bits: int | None = None
+    bits_match: str = "*"
 
 
-def apply_phase(model: nn.Module, phase: Phase) -> None:
-    """Set ``phase`` on every quantizer of ``model``. Doing it again changes nothing."""
-    for _, layer in qat_layers(model):
+def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Module]:
+    """Set ``phase`` on every quantizer of ``model``. Doing it again changes nothing.
+
+    Returns the BatchNorm modules that were put into evaluation mode, which is how their statistics
+    stand still.
+    """
+    for name, layer in qat_layers(model):
         weight, activation = layer.weight_quantizer, layer.input_quantizer
-        if phase.weight_bits is not None:
+        sets_bits = fnmatch.fnmatchcase(name, phase.bits_match)
+        if phase.weight_bits is not None and sets_bits:
             weight.set_bits(phase.weight_bits, layer.weight)
         weight.quantizing = phase.quantizing
         weight.set_frozen(phase.frozen, layer.weight)
         if activation is not None:
-            if phase.activation_bits is not None:
+            if phase.activation_bits is not None and sets_bits:
                 activation.set_bits(phase.activation_bits)
             activation.quantizing = phase.quantizing
             activation.observing = phase.observing
             activation.frozen = phase.frozen
-    if phase.frozen_norm:
-        freeze_norm_statistics(model)
+    norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    if not phase.frozen_norm:
+        return []
+    for norm in norms:
+        norm.eval()
+    return norms
 
 
-def freeze_norm_statistics(model: nn.Module) -> None:
-    """Let every BatchNorm use and keep its running statistics, until the next ``model.train()``."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
+@contextlib.contextmanager
+def float_forward(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` compute in float inside; nothing else of its phase changes."""
+    layers = [layer for _, layer in qat_layers(model)]
+    quantizers = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+    flags = [quantizer.quantizing for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.quantizing = False
+    try:
+        yield
+    finally:
+        for quantizer, flag in zip(quantizers, flags, strict=True):
+            quantizer.quantizing = flag
 
 
 def set_bits(model: nn.Module, bits: int, match: str = "*", *, activations: bool = False) -> None:

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_qat.config import PlanLike, QuantizationPlan, check_available, resolve_plan
+from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.nn.layer import make_qat, unmake_qat
+from lightning_qat.nn.single import check_available
 from lightning_qat.transforms.match import match_layers
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
