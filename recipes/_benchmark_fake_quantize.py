@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 
 from lightning_qat.ops.fake_quantize import fake_quantize
 
@@ -65,3 +66,7 @@ def median_milliseconds(cases: dict[str, Callable[[], object]], rounds: int) -> 
             times[name].append((time.perf_counter() - start) * 1e3)
             del result
     return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+if __name__ == "__main__":
+    Console().print_json(data=fake_quantize_ratios())

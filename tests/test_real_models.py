@@ -155,6 +155,28 @@ class Finetune(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-4, momentum=0.9)
 
 
+def worst_layer(model, quantized, images):
+    """Return the least SQNR, over all layers, of a converted layer given the trained layer's input."""
+    inputs, outputs, handles = {}, {}, []
+    for name, layer in model.named_modules():
+        if isinstance(layer, lq.QATConv2d | lq.QATLinear):
+            last = (
+                model.get_submodule(layer.weight_quantizer.folded_norm) if layer.weight_quantizer.folded_norm else layer
+            )
+            handles.append(
+                layer.register_forward_hook(lambda m, args, out, name=name: inputs.update({name: args[0].clone()}))
+            )
+            handles.append(
+                last.register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out.clone()}))
+            )
+    with torch.no_grad():
+        model(images)
+        for handle in handles:
+            handle.remove()
+        assert len(inputs) == 53
+        return min(lq.sqnr(outputs[name], quantized.get_submodule(name)(inputs[name])) for name in inputs)
+
+
 @needs_mobilenet
 def test_pretrained_mobilenet_v2(tmp_path):
     images, labels = imagenet_images()
@@ -183,7 +205,11 @@ def test_pretrained_mobilenet_v2(tmp_path):
     with torch.no_grad():
         trained, shipped = model(images), quantized(images)
     assert (trained.argmax(1) == shipped.argmax(1)).sum() == 20
-    assert lq.sqnr(trained, shipped) > 40
+    # Rounding noise of 1e-7 tips a few activation codes over, each by a whole step, which tip more in the next
+    # layers: over 53 layers the logits part by a little less than quantization itself moves them. Layer by
+    # layer, from the same input, the two are equal up to float rounding.
+    assert lq.sqnr(trained, shipped) > lq.sqnr(float_logits, trained)
+    assert worst_layer(model, quantized, images[:4]) > 100
     assert (float_logits.argmax(1) == shipped.argmax(1)).sum() >= 17
     path = lq.save_quantized(quantized, tmp_path / "model")
     stored = sum(f.stat().st_size for f in path.iterdir())
