@@ -56,9 +56,9 @@ def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Module]:
             activation.quantizing = phase.quantizing
             activation.observing = phase.observing
             activation.frozen = phase.frozen
-    norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     if not phase.frozen_norm:
         return []
+    norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     for norm in norms:
         norm.eval()
     return norms
