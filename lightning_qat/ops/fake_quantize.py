@@ -146,10 +146,7 @@ def reference_fake_quantize_backward(
     group: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``x``, ``scale`` and ``zero_point``; a tensor of no elements where ``needs`` is False.
-
-    At a NaN of ``x`` the gradient passes, as through the comparisons ``x <= low`` and ``x >= high``.
-    """
+    """Return the gradients of ``x`` (a NaN passes it), ``scale`` and ``zero_point``; no elements if not in ``needs``."""
     if x.numel() == 0:
         return _blank_gradients(x, scale, zero_point, needs)
     grad_x, grad_scale, grad_zero = _blank_gradients(x, scale, zero_point, [False, False, False])
@@ -281,8 +278,7 @@ def _fake_quantize_cpu(
             codes = torch.div(values[block], s, out=target)
         else:
             codes = view_scratch(scratch, target).copy_(values[block]).div_(s)
-        _clamp_codes(codes.round_(), None if zero is None else zero[block[1]], quant_min, quant_max)
-        codes.mul_(s)
+        _ratios_to_values(codes, s, None if zero is None else zero[block[1]], quant_min, quant_max)
         if scratch is not None:
             target.copy_(codes)
     return match_layout(result, x)
@@ -382,6 +378,19 @@ def _clamp_codes(codes: Tensor, zero: Tensor | None, quant_min: int, quant_max: 
         codes.clamp_(quant_min, quant_max)
     else:
         codes.add_(zero).clamp_(quant_min, quant_max).sub_(zero)
+
+
+def _ratios_to_values(ratios: Tensor, step: Tensor, zero: Tensor | None, quant_min: int, quant_max: int) -> None:
+    """Round, clamp and scale in place."""
+    ratios.round_()
+    if zero is not None and zero.numel() == 1:
+        # Sums of integers are exact, so moved bounds give what adding and subtracting the zero point give in
+        # two more passes; adding 0.0 to the product makes a -0.0 the 0.0 that it is there.
+        ratios.clamp_(quant_min - zero.item(), quant_max - zero.item())
+        torch.add(torch.zeros(()), ratios, alpha=step.item(), out=ratios)
+    else:
+        _clamp_codes(ratios, zero, quant_min, quant_max)
+        ratios.mul_(step)
 
 
 def _channel_parameters(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
