@@ -25,7 +25,7 @@ class _QATConv(QATLayer):
         init_from(self, conv, config, quantize_activations)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)  # type: ignore[operator]
+        return self.compute(input, lambda x, weight: self._conv_forward(x, weight, self.bias))  # type: ignore[operator]
 
 
 class _QuantizedConv(QuantizedLayer):
@@ -96,7 +96,7 @@ class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
         init_from(self, conv, config, quantize_activations)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _transposed(self, self.quantized_input(input), self.quantized_weight(), output_size)
+        return self.compute(input, lambda x, weight: _transposed(self, x, weight, output_size))
 
 
 class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qat.config import QuantizationConfig
+from lightning_qat.nn.recompute import LayerFunction, fake_quantize_again, made_again_in_backward
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, WeightQuantizer, dynamic_parameters
 from lightning_qat.quantizers.state import KeepsDtype
 from lightning_qat.schemes import TensorFormat, get_scheme
@@ -57,6 +58,13 @@ class QATLayer(_Adopting):
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return the fake-quantized input."""
         return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def compute(self, x: Tensor, function: LayerFunction) -> Tensor:
+        """Return ``function`` of the fake-quantized input and weight."""
+        quantized_x = fake_quantize_again(self.input_quantizer, x)
+        quantized_weight = fake_quantize_again(self.weight_quantizer, self.weight)
+        with made_again_in_backward(quantized_x, quantized_weight):
+            return function(quantized_x[0], quantized_weight[0])
 
     def weight_codes(self) -> Tensor:
         """Return the integer codes of the weight as it is now, in its shape."""

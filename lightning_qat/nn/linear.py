@@ -24,7 +24,7 @@ class QATLinear(QATLayer, nn.Linear):
         init_from(self, linear, config, quantize_activations)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return self.compute(input, lambda x, weight: F.linear(x, weight, self.bias))
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):

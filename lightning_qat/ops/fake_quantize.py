@@ -146,7 +146,7 @@ def reference_fake_quantize_backward(
     group: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``x`` (a NaN passes it), ``scale`` and ``zero_point``; no elements if not in ``needs``."""
+    """Return the gradients of ``x`` (a NaN passes it), ``scale``, ``zero_point``; no elements if not in ``needs``."""
     if x.numel() == 0:
         return _blank_gradients(x, scale, zero_point, needs)
     grad_x, grad_scale, grad_zero = _blank_gradients(x, scale, zero_point, [False, False, False])

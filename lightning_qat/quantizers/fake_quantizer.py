@@ -97,6 +97,15 @@ class FakeQuantizer(QuantizationState):
         self.quantizing = bool(state["quantizing"])
         self.frozen = bool(state["frozen"])
 
+    def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
+        """Return what ``x`` is fake-quantized with, or None if it stays in float; learn from it, if it is time."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` fake-quantized, or as it is."""
+        parameters = self.parameters_now(x)
+        return x if parameters is None else self.scheme.fake_quantize(x, *parameters)
+
     def _store(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -237,10 +246,8 @@ class WeightQuantizer(FakeQuantizer):
             scale, zero_point = self._derive(flat)
         return self.scheme.fake_quantize(flat, scale, zero_point, fmt).reshape(rows.shape)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        if not self.quantizing:
-            return weight
-        return self.scheme.fake_quantize(weight, *self.parameters_for(weight), self._format)
+    def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
+        return (*self.parameters_for(x), self._format) if self.quantizing else None
 
 
 class ActivationQuantizer(FakeQuantizer):
@@ -316,7 +323,7 @@ class ActivationQuantizer(FakeQuantizer):
         learning = self.observing and not self.frozen and self.training and not _in_backward()
         return learning and (self.observer.follows_training or not self.calibrated)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
         scale, zero_point, fmt = self.scale, self.zero_point, self._format
         if self._observes_now():
             seen = self._within_samples(x)
@@ -328,7 +335,7 @@ class ActivationQuantizer(FakeQuantizer):
                 if not self.calibrating:
                     scale, zero_point = self.refresh()
         if not self.quantizing or self.calibrating:
-            return x
+            return None
         if not self.calibrated:
             raise RuntimeError(
                 f"the input of layer {self.name!r} was never observed, so it has no range to quantize with; "
@@ -336,7 +343,7 @@ class ActivationQuantizer(FakeQuantizer):
             )
         if fmt.dynamic and x.numel():
             scale, zero_point, fmt = dynamic_parameters(x, fmt, self.spatial_dims)
-        return self.scheme.fake_quantize(x, scale, zero_point, fmt)
+        return scale, zero_point, fmt
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the integer codes of ``x`` with the calibrated range."""

@@ -1,0 +1,81 @@
+"""Fake-quantized tensors that are computed again in backward instead of being kept for it.
+
+A convolution keeps its input and its weight for the gradients. Fake-quantized, both are copies that float
+training does not have; what they were made from is kept anyway (the input by the layer before, the weight
+as the parameter). So only how to make them again is kept: a few element-wise passes for what would be
+about a third more memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
+from lightning_qat.schemes import TensorFormat
+
+
+class _Again:
+    """Makes a fake-quantized tensor again, laid out as the part of it that was saved."""
+
+    def __init__(
+        self, source: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat], quantizer: FakeQuantizer
+    ) -> None:
+        self.source = source.detach()
+        self.version = source._version
+        self.parameters = parameters
+        self.scheme = quantizer.scheme
+        self.name = quantizer.name
+
+    def make(self, saved: tuple[Any, ...]) -> Tensor:
+        if self.source._version != self.version:
+            raise RuntimeError(
+                f"a tensor that layer {self.name!r} quantizes was changed in place before its backward pass; "
+                "use an operation that is not in place after the layer"
+            )
+        with torch.no_grad():
+            whole = self.scheme.fake_quantize(self.source, *self.parameters)
+        return whole.as_strided(*saved)
+
+
+def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tuple[Tensor, _Again | None]:
+    """Return the fake-quantized ``source`` and how to make it again; itself and None where it stays in float."""
+    parameters = None if quantizer is None else quantizer.parameters_now(source)
+    if quantizer is None or parameters is None:
+        return source, None
+    quantized = quantizer.scheme.fake_quantize(source, *parameters)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or source.is_inference():
+        return quantized, None
+    return quantized, _Again(source, parameters, quantizer)
+
+
+def made_again_in_backward(*made: tuple[Tensor, _Again | None]) -> AbstractContextManager[Any]:
+    """Let an operation inside keep, for its backward pass, how to make the tensors instead of the tensors.
+
+    Other hooks on saved tensors (activation checkpointing, offloading) keep their say, and compiled graphs
+    choose themselves what to compute again.
+    """
+    # Facts of the tensors, not the tensors: autograd keeps the hook, and with it all that it refers to.
+    known = {t.data_ptr(): (t.numel(), t.storage_offset(), again) for t, again in made if again is not None}
+    if not known or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return nullcontext()
+
+    def pack(tensor: Tensor) -> Any:
+        numel, start, again = known.get(tensor.data_ptr(), (0, 0, None))
+        if not numel or tensor.numel() != numel:
+            return tensor
+        return again, (tensor.size(), tensor.stride(), tensor.storage_offset() - start)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+
+def _unpack(kept: Any) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0].make(kept[1])
+
+
+#: What computes a layer from its input and its weight.
+LayerFunction = Callable[[Tensor, Tensor], Tensor]
