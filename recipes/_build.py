@@ -38,6 +38,7 @@ class Parts:
     float_trainer: L.Trainer
     qat_trainer: L.Trainer
     calibration_trainer: L.Trainer
+    parity_trainer: L.Trainer
     test_trainer: L.Trainer
     tracker: Tracker
     output_dir: Path
@@ -75,7 +76,8 @@ def build(cfg: DictConfig) -> Parts:
     evaluation_step(make_task(cfg.task), data)  # raises where the two cannot be tested together
     every_fit, qat_fit = (cfg.callbacks.get(key) or {} for key in ("every_fit", "qat_fit"))
     callbacks = make_callbacks(every_fit, "callbacks.every_fit")
-    batches = {"limit_test_batches": cfg.calibration_batches, "limit_val_batches": cfg.calibration_batches}
+    # Tensors made in inference mode could not be worked with later: ranges found, weights unpacked.
+    plain = {"inference_mode": False, "enable_progress_bar": False}
     return Parts(
         cfg=cfg,
         data=data,
@@ -86,8 +88,8 @@ def build(cfg: DictConfig) -> Parts:
             make_callbacks(every_fit, "callbacks.every_fit") + make_callbacks(qat_fit, "callbacks.qat_fit"),
             **cfg.qat_fit,
         ),
-        # Ranges found in inference mode would be inference tensors, which convert could not work with.
-        calibration_trainer=make_trainer(cfg.trainer, [], **batches, inference_mode=False, enable_progress_bar=False),
+        calibration_trainer=make_trainer(cfg.trainer, [], **plain, **_evaluation_limits(cfg.calibration_batches)),
+        parity_trainer=make_trainer(cfg.trainer, [], **plain, **_evaluation_limits(cfg.parity.batches)),
         test_trainer=make_test_trainer(cfg),
         tracker=make(cfg.logger, "logger"),
         output_dir=Path(cfg.output_dir),
@@ -106,6 +108,9 @@ def check(cfg: DictConfig) -> QuantizationPlan:
         check_targets(_merged(cfg.trainer, cfg[fit]), fit)
     try:
         check_int("calibration_batches", cfg.calibration_batches, 1)
+        check_int("parity.batches", cfg.parity.batches, 1)
+        for name in ("layer_threshold", "metric_tolerance"):
+            _check_number(f"parity.{name}", cfg.parity[name])
         if cfg.threads is not None:
             check_int("threads", cfg.threads, 1)
         plan = resolve_plan(make(cfg.quantization, "quantization"))
@@ -187,6 +192,15 @@ def make_test_trainer(cfg: DictConfig) -> L.Trainer:
     """Return the Trainer that tests every variant of the model; of the callbacks it has the progress bar."""
     callbacks = make_callbacks(cfg.get("callbacks", {}).get("every_fit"), "callbacks.every_fit")
     return make_trainer(cfg.trainer, [callback for callback in callbacks if isinstance(callback, ProgressBar)])
+
+
+def _evaluation_limits(batches: int) -> dict[str, int]:
+    return {"limit_test_batches": batches, "limit_val_batches": batches}
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
+        raise ConfigError(f"{name}={value!r} must be a number from 0, or null")
 
 
 def _builtins(cfg: DictConfig) -> dict[Any, Any]:

@@ -17,6 +17,7 @@ from ._errors import ConfigError
 MODEL = "model"
 PTQ_MODEL = "ptq_model"
 FLOAT_WEIGHTS = "float.safetensors"
+TRAINED_WEIGHTS = "trained.ckpt"
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 PICTURE = "results.png"

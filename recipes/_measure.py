@@ -20,6 +20,8 @@ from ._errors import ConfigError
 
 #: Predictions are compared up to this many numbers (256 MB in float32); more of them say nothing more.
 _MOST_NUMBERS = 2**26
+#: The Trainer's verb, and what the task and the data need for it.
+_EVALUATIONS = (("test", "test_step", "test_dataloader"), ("validate", "validation_step", "val_dataloader"))
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,13 @@ def measure(task: L.LightningModule, data: L.LightningDataModule, trainer: L.Tra
     return Measurement(metrics, found[0] if found else None)
 
 
-def evaluation_step(task: L.LightningModule, data: L.LightningDataModule) -> str:
-    """Return ``"test"``, or ``"validate"`` where the task or the data cannot test.
+def evaluation_step(task: L.LightningModule, data: L.LightningDataModule, *, first: str = "test") -> str:
+    """Return ``"test"`` or ``"validate"``, whichever the task and the data can do; ``first`` where they can both.
 
     Raises:
         ConfigError: neither is possible.
     """
-    for verb, step, loader in (
-        ("test", "test_step", "test_dataloader"),
-        ("validate", "validation_step", "val_dataloader"),
-    ):
+    for verb, step, loader in sorted(_EVALUATIONS, key=lambda way: way[0] != first):
         if is_overridden(step, task, L.LightningModule) and is_overridden(loader, data, L.LightningDataModule):
             return verb
     names = f"{type(task).__name__} and {type(data).__name__}"

@@ -1,4 +1,4 @@
-"""Test the float model and the quantized one of an earlier run, side by side."""
+"""Test the float model and the quantized one of an earlier run, side by side, and show its certificate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from lightning_qat.report import Variant
-from lightning_qat.transforms import QuantizedFileError, load_quantized
+from lightning_qat.transforms import QuantizedFileError, load_quantized, parity_report
 
 from ._build import make_data, make_task, make_test_trainer
 from ._errors import ConfigError
@@ -44,7 +44,7 @@ def evaluate(cfg: DictConfig) -> list[Variant]:
         float_test.variant("float", (folder / FLOAT_WEIGHTS).stat().st_size),
         quantized_test.variant("quantized", folder_bytes(model_path), like=float_test),
     ]
-    show(variants, Path(cfg.output_dir), model_path=str(model_path))
+    show(variants, Path(cfg.output_dir), parity_report(quantized), model_path=str(model_path))
     return variants
 
 

@@ -1,4 +1,4 @@
-"""Train in float, then quantization-aware; convert to integers, and compare all forms of the model."""
+"""Train in float, then quantization-aware; convert to integers, verify, and compare all forms of the model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lightning_qat.report import Variant, main_metric
-from lightning_qat.transforms import calibrate, convert, prepare, save_quantized
+from lightning_qat.transforms import calibrate, parity_report, prepare, save_quantized
 
 from ._build import Parts, build
+from ._convert import convert_verified
 from ._files import FLOAT_WEIGHTS, MODEL, PTQ_MODEL, load_weights, save_config, save_weights
 from ._measure import evaluation_step, folder_bytes, measure
 from ._show import show
@@ -44,7 +45,7 @@ def train(cfg: DictConfig) -> list[Variant]:
         qat_test = measure(qat_task, parts.data, parts.test_trainer, seed=cfg.seed)
 
         logger.info("conversion to integers")
-        converted = convert(qat_task)
+        converted = convert_verified(parts, qat_task)
         converted_bytes = folder_bytes(save_quantized(converted, out / MODEL))
         converted_test = measure(converted, parts.data, parts.test_trainer, seed=cfg.seed)
 
@@ -56,7 +57,7 @@ def train(cfg: DictConfig) -> list[Variant]:
         ]
         tracker.log_results([variant.row() for variant in variants])
         tracker.log_model(out / MODEL, variants[-1].row())
-    show(variants, out, same_top1_as_trained=converted_test.agreement(qat_test))
+    show(variants, out, parity_report(converted), same_top1_as_trained=converted_test.agreement(qat_test))
     return variants
 
 
@@ -80,7 +81,7 @@ def quantize_after_training(parts: Parts, task: LightningModule) -> LightningMod
 
     prepare(task, parts.plan)
     calibrate(task, [parts.data.train_dataloader()], forward=test_on)
-    return convert(task)
+    return convert_verified(parts, task)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_qat.conf", config_name="train")

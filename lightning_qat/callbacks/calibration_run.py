@@ -49,8 +49,8 @@ def _inert(*_: Any, **__: Any) -> None:
 
 
 @contextlib.contextmanager
-def _without_effects(module: pl.LightningModule) -> Iterator[None]:
-    """Let ``training_step`` run without logging, optimizing or counting in metrics."""
+def inert_steps(module: pl.LightningModule) -> Iterator[None]:
+    """Let the module's steps run without logging and optimizing."""
     optimizers = module.optimizers()
     inert = [_InertOptimizer(o) for o in optimizers] if isinstance(optimizers, list) else _InertOptimizer(optimizers)
     quiet: dict[str, Callable[..., Any]] = dict.fromkeys(
@@ -61,8 +61,6 @@ def _without_effects(module: pl.LightningModule) -> Iterator[None]:
     still = [_InertOptimizer(s) for s in schedulers] if isinstance(schedulers, list) else schedulers
     quiet["lr_schedulers"] = lambda: still if still is None or isinstance(still, list) else _InertOptimizer(still)
     before = {name: module.__dict__[name] for name in quiet if name in module.__dict__}
-    state = _module_state(module)
-    metrics = [(m, m._copy_state_dict(), m._update_count) for m in module.modules() if isinstance(m, Metric)]
     module.__dict__.update(quiet)
     try:
         yield
@@ -70,6 +68,17 @@ def _without_effects(module: pl.LightningModule) -> Iterator[None]:
         for name in quiet:
             del module.__dict__[name]
         module.__dict__.update(before)
+
+
+@contextlib.contextmanager
+def without_effects(module: pl.LightningModule) -> Iterator[None]:
+    """Let the module's steps run without logging, optimizing, counting in metrics or changing anything on the side."""
+    state = _module_state(module)
+    metrics = [(m, m._copy_state_dict(), m._update_count) for m in module.modules() if isinstance(m, Metric)]
+    try:
+        with inert_steps(module):
+            yield
+    finally:
         _put_back(state)
         for metric, kept, count in metrics:
             for name, value in kept.items():
@@ -106,7 +115,7 @@ def _put_back(state: list[tuple[Any, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _generators_kept(loaders: Any) -> Iterator[None]:
+def generators_kept(loaders: Any) -> Iterator[None]:
     """Put back the generators that the loaders and their samplers draw from."""
     owners = list(tree_leaves(loaders))
     for loader in list(owners):
@@ -122,8 +131,11 @@ def _generators_kept(loaders: Any) -> Iterator[None]:
 
 
 def _with_own_iterator(loader: Any) -> Any:
-    """Return ``loader``, or a twin where workers persist: these share one iterator, which the Trainer has begun."""
-    if not getattr(loader, "persistent_workers", False):
+    """Return ``loader``, or a twin where it keeps an iterator that the Trainer has begun.
+
+    That is so where workers persist, and in a loader with a state, which a checkpoint is about to hold.
+    """
+    if not getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None:
         return loader
     twin = copy.copy(loader)
     twin.__dict__.update(_iterator=None)
@@ -131,22 +143,27 @@ def _with_own_iterator(loader: Any) -> Any:
     return twin
 
 
-def _training_batches(trainer: pl.Trainer, count: int) -> Iterator[tuple[Any, int]]:
-    """Yield up to ``count`` batches of the Trainer's training loader, on the device, with their index."""
-    combined: Any = trainer.fit_loop._combined_loader
+def batches_of(trainer: pl.Trainer, combined: CombinedLoader, count: int) -> Iterator[tuple[Any, int]]:
+    """Yield the first ``count`` batches of the Trainer's loader, on the device, with their index."""
     loader = CombinedLoader(tree_map(_with_own_iterator, combined.iterables), combined._mode)
-    limit = int(min(count, trainer.num_training_batches))
     module = trainer.lightning_module
-    for batch, index, _ in itertools.islice(iter(loader), limit):
+    for batch, index, _ in itertools.islice(iter(loader), count):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0), index
 
 
+def call_step(step: Callable[..., Any], batch: Any, index: int) -> Any:
+    """Call a module's own step with the arguments that it takes; several loaders are one to it."""
+    if not is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        return step(batch)
+    several = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
+    return step(batch, index, 0) if several else step(batch, index)
+
+
 def _step(module: pl.LightningModule, batch: Any, index: int) -> None:
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     try:
-        module.training_step(batch, index) if takes_index else module.training_step(batch)
+        call_step(module.training_step, batch, index)
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise
@@ -180,12 +197,13 @@ def run_calibration(
     done = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(isolate_rng())
-        stack.enter_context(_generators_kept(trainer.train_dataloader))
-        stack.enter_context(_without_effects(module))
+        stack.enter_context(generators_kept(trainer.train_dataloader))
+        stack.enter_context(without_effects(module))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(calibrating(module) if observe else _evaluating(module))
         stack.enter_context(trainer.precision_plugin.train_step_context())
-        for batch, index in _training_batches(trainer, batches):
+        loaders: Any = trainer.fit_loop._combined_loader
+        for batch, index in batches_of(trainer, loaders, int(min(batches, trainer.num_training_batches))):
             with watch_folds(module):
                 _step(module, batch, index) if forward is None else forward(module, batch)
             done += 1

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import lightning.pytorch as pl
+
 from lightning_qat.callbacks.base import QuantizationCallback
+from lightning_qat.callbacks.parity_gate import certify_run
 from lightning_qat.callbacks.schedule import Schedule
 from lightning_qat.config import PlanLike, QATConfig, Step, check_int, check_step, resolve_plan
 from lightning_qat.nn.single import check_available
+from lightning_qat.transforms.certificate import ParityReport
+
+#: Enough to see every layer compute; the gate compares sums, so more say little more.
+_CERTIFIED_BATCHES = 2
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -24,6 +31,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         start_step: from here on the forward is fake-quantized; overrides the config's.
         freeze_step: from here on scales and BatchNorm statistics stand still; overrides the config's.
         calibration_batches: training batches to observe before the first step.
+        certify: after fit, convert a copy and compare it, layer by layer, with the model that trained, on two
+            batches of the validation loader. What is found is logged (``parity/worst_layer_sqnr``,
+            ``parity/output_sqnr``) and kept in the attribute ``certificate``, a :class:`ParityReport`; a
+            failure is a warning. The model stays as it is.
 
     Steps are optimizer steps (``1000``), fractions of the run (``0.3``) or epochs (``"3 epochs"``).
 
@@ -41,8 +52,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         start_step: Step | None = None,
         freeze_step: Step | None = None,
         calibration_batches: int = 8,
+        certify: bool = True,
     ) -> None:
         super().__init__()
+        self.certify = certify
+        self.certificate: ParityReport | None = None
         self._plan = resolve_plan(config if plan is None else plan)
         base = self._plan.base if self._plan.base is not None else resolve_plan(config).base
         self.config = base if isinstance(base, QATConfig) else QATConfig()
@@ -64,3 +78,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             calibration_batches=self.calibration_batches,
             fold_norm=self.config.fold_batchnorm,
         )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        # Here and not in ``on_fit_end``: the model is still on its device.
+        self.certificate = certify_run(trainer, pl_module, _CERTIFIED_BATCHES) if self.certify else None

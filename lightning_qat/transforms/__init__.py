@@ -1,20 +1,34 @@
-"""model -> model: match, prepare, calibrate, change phase, convert, save and load."""
+"""model -> model: match, prepare, calibrate, change phase, convert, verify, save and load."""
 
 from lightning_qat.transforms.calibrate import calibrate
-from lightning_qat.transforms.checkpoint import QuantizedFileError, float_state_dict, load_quantized, save_quantized
+from lightning_qat.transforms.certificate import ParityError, ParityReport, attach_report, parity_report
+from lightning_qat.transforms.checkpoint import (
+    QuantizedFileError,
+    float_state_dict,
+    load_quantized,
+    read_certificate,
+    save_quantized,
+)
 from lightning_qat.transforms.convert import convert
+from lightning_qat.transforms.parity import check_parity
 from lightning_qat.transforms.phase import Phase, apply_phase, set_bits
 from lightning_qat.transforms.prepare import prepare
 
 __all__ = [
+    "ParityError",
+    "ParityReport",
     "Phase",
     "QuantizedFileError",
     "apply_phase",
+    "attach_report",
     "calibrate",
+    "check_parity",
     "convert",
     "float_state_dict",
     "load_quantized",
+    "parity_report",
     "prepare",
+    "read_certificate",
     "save_quantized",
     "set_bits",
 ]

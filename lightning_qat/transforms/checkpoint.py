@@ -18,6 +18,14 @@ from torch import Tensor, nn
 from lightning_qat.nn import FoldedBatchNorm, QATLayer, QuantizedLayer
 from lightning_qat.nn.layer import float_type, make_quantized, supported_class
 from lightning_qat.schemes import TensorFormat
+from lightning_qat.transforms.certificate import (
+    CERTIFICATE,
+    ParityReport,
+    attach_report,
+    certificate_text,
+    report_of,
+    report_to_save,
+)
 from lightning_qat.transforms.convert import drop_norm
 from lightning_qat.transforms.prepare import leave_fast_paths
 
@@ -79,18 +87,20 @@ def _layer_entry(layer: QuantizedLayer) -> dict[str, Any]:
     }
 
 
-def _manifest(model: nn.Module, aliases: dict[str, str], extra: dict[str, Any], tensor_file: Path) -> str:
+def _manifest(model: nn.Module, aliases: dict[str, str], extra: dict[str, Any], folder: Path) -> str:
     layers = {n: _layer_entry(m) for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     body = {
         "format": FORMAT,
         "version": VERSION,
         "model": type(model).__name__,
-        "sha256": _digest(tensor_file),
+        "sha256": _digest(folder / TENSORS),
         "layers": layers,
         "folded_norms": [n for n, m in model.named_modules() if isinstance(m, FoldedBatchNorm)],
         "aliases": aliases,
         "extra_state": extra,
     }
+    if (folder / CERTIFICATE).is_file():
+        body["certificate"] = _digest(folder / CERTIFICATE)
     try:
         return json.dumps(body, indent=1)
     except TypeError as error:
@@ -102,8 +112,8 @@ def _manifest(model: nn.Module, aliases: dict[str, str], extra: dict[str, Any], 
 def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Save a converted model as the folder ``path``: ``model.safetensors`` and ``manifest.json``.
 
-    The folder appears whole or not at all; one that is there is replaced only if it was saved by this
-    function.
+    A model that was verified, as by ``convert(model, verify=batches)``, gets ``certificate.json`` too. The
+    folder appears whole or not at all; one that is there is replaced only if it was saved by this function.
 
     Args:
         model: what :func:`convert` returned.
@@ -130,7 +140,10 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         fresh, old = workspace / "new", workspace / "old"
         fresh.mkdir()
         save_file(tensors, str(fresh / TENSORS), metadata={"format": "pt", "library": FORMAT})
-        (fresh / MANIFEST).write_text(_manifest(model, aliases, extra, fresh / TENSORS))
+        report = report_to_save(model)
+        if report is not None:
+            (fresh / CERTIFICATE).write_text(certificate_text(report, _digest(fresh / TENSORS)))
+        (fresh / MANIFEST).write_text(_manifest(model, aliases, extra, fresh))
         if target.exists():
             target.rename(old)
         fresh.rename(target)
@@ -160,17 +173,53 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+def _check_tensors(folder: Path, manifest: dict[str, Any]) -> Path:
     file = folder / TENSORS
     if not file.is_file():
         raise QuantizedFileError(f"{folder} holds no {TENSORS}")
     if _digest(file) != manifest["sha256"]:
         raise QuantizedFileError(f"{file} is truncated or altered: its checksum is not the one in {MANIFEST}")
+    return file
+
+
+def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    file = _check_tensors(folder, manifest)
     try:
         tensors = load_file(str(file))
     except SafetensorError as error:
         raise QuantizedFileError(f"{file} is damaged: {error}") from None
     return tensors | {alias: tensors[name] for alias, name in manifest["aliases"].items()}
+
+
+def read_certificate(path: str | os.PathLike[str]) -> ParityReport | None:
+    """Return the report that certifies a saved model, or None where it was saved without one.
+
+    Raises:
+        QuantizedFileError: if the folder is no saved model, or the certificate is missing, altered or about
+            other tensors than those in the folder.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    report = _read_certificate(folder, manifest)
+    if report is not None:
+        _check_tensors(folder, manifest)
+    return report
+
+
+def _read_certificate(folder: Path, manifest: dict[str, Any]) -> ParityReport | None:
+    file, listed = folder / CERTIFICATE, manifest.get("certificate")
+    if listed is None and not file.exists():
+        return None
+    if listed is None:
+        raise QuantizedFileError(f"{file} was not saved with this model: {MANIFEST} does not list it; delete it")
+    if not file.is_file():
+        raise QuantizedFileError(f"{folder} holds no {CERTIFICATE}, which {MANIFEST} lists")
+    if _digest(file) != listed:
+        raise QuantizedFileError(f"{file} is truncated or altered: its checksum is not the one in {MANIFEST}")
+    try:
+        return report_of(file.read_text(), manifest["sha256"])
+    except ValueError as error:
+        raise QuantizedFileError(f"{file} certifies nothing: {error}") from None
 
 
 def _check_layer(folder: Path, name: str, entry: dict[str, Any], modules: dict[str, nn.Module]) -> nn.Module:
@@ -200,14 +249,14 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
         model: built as the one that was converted, with any weights.
 
     Returns:
-        ``model``, converted, in evaluation mode.
+        ``model``, converted, in evaluation mode; :func:`parity_report` returns what it was certified with.
 
     Raises:
         QuantizedFileError: if the folder is missing, damaged, altered or of another model.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    tensors = _read_tensors(folder, manifest)
+    tensors, report = _read_tensors(folder, manifest), _read_certificate(folder, manifest)
     modules = dict(model.named_modules())
     layers = {name: _check_layer(folder, name, entry, modules) for name, entry in manifest["layers"].items()}
     _check_names(folder, model, manifest, tensors)
@@ -233,7 +282,10 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
             tensor.data = tensor.data.to(tensors[name].dtype)  # a half-precision model loads as one
     model.load_state_dict(tensors | manifest["extra_state"], strict=True)
     leave_fast_paths(model)
-    return model.to(device).eval()
+    model.to(device).eval()
+    if report is not None:
+        attach_report(model, report)
+    return model
 
 
 def _check_names(folder: Path, model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:

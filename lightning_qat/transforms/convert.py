@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -172,7 +173,11 @@ def drop_norm(norm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def convert(model: ModelT) -> ModelT:
+def convert(
+    model: ModelT,
+    verify: Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> ModelT:
     """Return a new model that holds packed integers where ``model`` has prepared layers.
 
     The codes are those of the fake quantizers, bit for bit; BatchNorm that directly follows a layer is
@@ -181,9 +186,13 @@ def convert(model: ModelT) -> ModelT:
 
     Args:
         model: a prepared ``nn.Module`` or ``LightningModule``.
+        verify: batches, as :func:`calibrate` takes them, that both models are run on: see
+            :func:`check_parity`. The report stays with the result, and saving it writes it as the certificate.
+        forward: called as ``forward(model, batch)`` to run a batch of ``verify`` otherwise.
 
     Raises:
         ValueError: if nothing is prepared, an activation was never observed, or a weight is not finite.
+        ParityError: if the result is not what trained; it names the first layer that is not.
     """
     original: ModelT = getattr(model, "_orig_mod", model)  # of torch.compile
     if not any(True for _ in qat_layers(original)):
@@ -198,4 +207,9 @@ def convert(model: ModelT) -> ModelT:
         if norm is not None and not isinstance(norm, FoldedBatchNorm):
             drop_norm(norm)
     leave_fast_paths(converted)
-    return converted.eval()
+    converted.eval()
+    if verify is not None:
+        from lightning_qat.transforms.parity import certify  # the gate stands on conversion
+
+        certify(original, converted, verify, forward)
+    return converted
