@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qat.config import QuantizationConfig
+from lightning_qat.nn.execution import KernelCache, reference_reason
 from lightning_qat.nn.recompute import LayerFunction, fake_quantize_again, made_again_in_backward
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, WeightQuantizer, dynamic_parameters
 from lightning_qat.quantizers.state import KeepsDtype
@@ -91,6 +92,22 @@ class QuantizedLayer(_Adopting, KeepsDtype):
     input_format: TensorFormat | None
     weight_shape: torch.Size
     weight_dtype: torch.dtype
+    #: Not state: what an integer kernel needs, packed on the first forward pass in evaluation.
+    kernel_cache: KernelCache
+
+    @property
+    def execution(self) -> str:
+        """The arithmetic of a plain forward pass as the layer stands: a kernel's name, or the reference and why.
+
+        Such as ``"onednn int8"``, ``"onednn int8 per token"`` or ``"reference: weight-only"``. Some calls take the
+        reference path all the same, see :mod:`lightning_qat.nn.execution`.
+        """
+        reason = reference_reason(self)
+        return f"reference: {reason}" if reason is not None else self._integer_execution()
+
+    def _integer_execution(self) -> str:
+        """Return :attr:`execution` where the formats would do."""
+        return "reference: no integer kernel for this layer"
 
     @property
     def codes(self) -> Tensor:
@@ -118,13 +135,14 @@ class QuantizedLayer(_Adopting, KeepsDtype):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
+        self.kernel_cache.clear()
         # The scales keep their dtype; what is computed from them follows ``model.half()``.
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
     def extra_repr(self) -> str:
         fmt = self.weight_format
-        return f"{tuple(self.weight_shape)}, {fmt.scheme}, bits={fmt.bits}, input={self.input_format}"
+        return f"{tuple(self.weight_shape)}, {fmt.scheme}, bits={fmt.bits}, input={self.input_format}, {self.execution}"
 
 
 class _OwnForward(QATLayer):
@@ -138,6 +156,9 @@ class _OwnForward(QATLayer):
 
 class _QuantizedOwnForward(QuantizedLayer):
     """As :class:`_OwnForward`, converted: it stores codes and dequantizes."""
+
+    def _integer_execution(self) -> str:
+        return "reference: a forward of its own"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _replace_input(self.quantized_input, args, kwargs)
@@ -289,6 +310,7 @@ def make_quantized(
     facts: Any = layer
     facts.weight_format, facts.input_format = weight_format, input_format
     facts.weight_shape, facts.weight_dtype = torch.Size(weight_shape), weight_dtype
+    facts.kernel_cache = KernelCache()
     if layer._parameters.get("bias") is not None:
         layer.bias.requires_grad_(False)
 

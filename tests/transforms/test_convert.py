@@ -151,7 +151,9 @@ def test_half_precision_models_convert(dtype):
     model.eval()
     converted = lq.convert(model)
     assert converted(x).dtype is dtype
-    assert torch.equal(converted(x), model(x))
+    # Integer sums are exact where the reference rounds dequantized values to the dtype.
+    wanted, got = model(x).detach().double(), converted(x).double()
+    assert (got - wanted).norm() < 2 * torch.finfo(dtype).eps * wanted.norm()
     assert converted[0].weight_scale.dtype is torch.float32
 
 

@@ -1,0 +1,141 @@
+"""Which arithmetic a converted layer computes with: an integer kernel, or the reference and why.
+
+A kernel is taken only where its grid is the trained one. Some things are known of a layer at any time
+(:func:`reference_reason`, what ``QuantizedLayer.execution`` shows); others only of a call, which then takes the
+reference path: under ``torch.compile``, ``torch.export``, ``torch.jit.trace`` and autocast, where a gradient,
+forward or backward, is wanted, for empty inputs, and for inputs of another dtype, device or tensor class.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_qat.ops.integer_linear import MAX_TERMS, CodeRange, code_range
+from lightning_qat.schemes import IntegerScheme, TensorFormat, get_scheme
+
+if TYPE_CHECKING:
+    from lightning_qat.nn.layer import QuantizedLayer
+
+#: Computes a layer's output from its input and bias.
+IntegerKernel = Callable[[Tensor, Tensor | None], Tensor]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+
+
+class KernelCache:
+    """A layer's packed weight: built on first use, rebuilt when the codes change, never copied or pickled."""
+
+    def __init__(self) -> None:
+        self._built: tuple[tuple[Any, ...], list[Tensor | None], IntegerKernel] | None = None
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelCache:
+        return KernelCache()
+
+    def __reduce__(self) -> tuple[type[KernelCache], tuple[()]]:
+        return KernelCache, ()
+
+    def clear(self) -> None:
+        """Forget the packed weight."""
+        self._built = None
+
+    def get(
+        self, layer: QuantizedLayer, settings: tuple[Any, ...], build: Callable[[], IntegerKernel]
+    ) -> IntegerKernel:
+        """Return the kernel of ``layer`` as it is now; ``settings`` is what it depends on besides tensors."""
+        tensors = [layer._buffers.get(name) for name in _TENSORS]
+        # Tensors are kept, so that no other one takes the address; a version counts changes in place.
+        key = (settings, *(None if t is None else (id(t), t._version, t.data_ptr()) for t in tensors))
+        built = self._built
+        if built is None or built[0] != key:
+            with self._lock:
+                built = self._built
+                if built is None or built[0] != key:
+                    built = self._built = (key, tensors, build())
+        return built[2]
+
+
+def reference_reason(layer: QuantizedLayer) -> str | None:
+    """Return why ``layer`` cannot compute with integers as it stands, or None; looks at metadata only."""
+    weight, grid = layer.weight_format, layer.input_format
+    if grid is None:
+        return "weight-only"
+    if layer.training:
+        return "training mode"
+    buffers = [buffer for name in _TENSORS if (buffer := layer._buffers.get(name)) is not None]
+    if any(buffer.device.type != "cpu" for buffer in buffers):
+        return f"on {buffers[0].device.type}"
+    if any(buffer.is_inference() for buffer in buffers):
+        return "built in inference mode"  # changes in place are not counted
+    if layer.weight_dtype not in _DTYPES:
+        return f"computes in {str(layer.weight_dtype).removeprefix('torch.')}"
+    if layer.weight_shape.numel() == 0:
+        return "no weights"
+    return _weight_reason(weight, layer) or _input_reason(grid)
+
+
+def _weight_reason(fmt: TensorFormat, layer: QuantizedLayer) -> str | None:
+    if type(get_scheme(fmt.scheme)) is not IntegerScheme:
+        return f"weights in {fmt.scheme}"
+    if fmt.group_size is not None:
+        return "weights in groups"
+    if fmt.axis not in (None, 0):
+        return f"weight scales along dimension {fmt.axis}"
+    if fmt.bits > 8:
+        return f"{fmt.bits}-bit weights"
+    if fmt.bits == 8 and not fmt.symmetric:
+        return "asymmetric 8-bit weights"  # code - zero point needs nine bits
+    if layer.weight_shape[1:].numel() > MAX_TERMS:
+        return f"sums of more than {MAX_TERMS} products"
+    return None
+
+
+def _input_reason(fmt: TensorFormat) -> str | None:
+    if type(get_scheme(fmt.scheme)) is not IntegerScheme:
+        return f"inputs in {fmt.scheme}"
+    if fmt.bits > 8:
+        return f"{fmt.bits}-bit inputs"
+    if fmt.axis is not None or fmt.group_size is not None:
+        return "inputs not quantized per tensor"
+    return None
+
+
+def takes_integers(layer: QuantizedLayer, x: Tensor) -> bool:
+    """Return whether this call can go to an integer kernel, if the layer has one."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        return False
+    if x.dtype != layer.weight_dtype or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
+        return False
+    bias: Any = layer.bias
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    if forward_ad.unpack_dual(x).tangent is not None:
+        return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+def weight_values(layer: QuantizedLayer) -> Tensor:
+    """Return ``code - zero point`` as int8: fewer bits are widened, for the packed cache only."""
+    codes, zero_point = layer.codes, layer.weight_zero_point
+    if layer.weight_format.symmetric:
+        return codes
+    rows = zero_point.to(torch.int16).reshape(-1, *[1] * (codes.dim() - 1))
+    return (codes.to(torch.int16) - rows).to(torch.int8)
+
+
+def static_input(layer: QuantizedLayer) -> tuple[Tensor, float, CodeRange]:
+    """Return scale, scale as a number, and codes of a calibrated input."""
+    fmt: Any = layer.input_format
+    scale: Any = layer.input_scale
+    zero_point = layer.input_zero_point
+    # A copy: what is computed with is what was packed, whatever happens to the buffer meanwhile.
+    scale = scale.detach().to(torch.float32, copy=True).reshape(())
+    zero = 0 if zero_point is None else int(torch.round(zero_point.float()).item())
+    return scale, scale.item(), code_range(fmt.bits, fmt.symmetric, zero)

@@ -1,0 +1,177 @@
+"""Matrix products of integer codes on the CPU: oneDNN's uint8 x int8 kernel behind PyTorch's own ops.
+
+A code product is exact: ``acc = sum((x_code - x_zero_point) * w_code)`` in int32. The result is
+``acc * (x_scale * w_scale) + bias`` in float32, with a rounding for each of its steps: the product of the
+scales, the conversion, the product and the sum. The codes are those of
+:func:`lightning_qat.ops.affine.quantize_affine`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.ops.affine import choose_scale_zero_point
+from lightning_qat.ops.fake_quantize import quant_range
+from lightning_qat.ops.layout import NO_AXIS, NO_GROUP, channel_blocks, empty_scratch, view_channels, view_scratch
+
+#: The kernel multiplies unsigned inputs, so symmetric codes are shifted. (It takes int8 inputs too, by a
+#: scalar loop: 4.9 s where uint8 takes 0.9 ms, 32 x 4096 x 4096.)
+SIGNED_OFFSET = 128
+
+#: Most products of 255 * 128 whose sum stays within int32.
+MAX_TERMS = (2**31 - 1) // (255 * 128)
+
+#: Inputs of more than two blocks go through float scratch memory of one: 64 x 128 x 32 x 32 takes 3 ms on two
+#: cores, where a fresh float tensor of that size makes it 13.
+_BLOCK_ELEMENTS = 1024 * 1024
+
+#: Adding it to ``|v| < 2**22`` rounds ``v`` half to even and leaves it, modulo 256, in the lowest byte.
+_ROUNDER = 1.5 * 2**23
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """The uint8 codes of an input: 0.0 is ``zero_point``, the rest are clamped to ``low .. high``."""
+
+    zero_point: int
+    low: int
+    high: int
+
+
+def code_range(bits: int, symmetric: bool, zero_point: int = 0) -> CodeRange:
+    """Return the uint8 codes that stand for a grid of 2 to 8 bits.
+
+    Raises:
+        ValueError: if ``bits`` is not an integer from 2 to 8.
+    """
+    low, high = quant_range(bits, symmetric)
+    if bits > 8:
+        raise ValueError(f"bits={bits} is not allowed for integer kernels; use 2 to 8")
+    if symmetric:
+        return CodeRange(SIGNED_OFFSET, low + SIGNED_OFFSET, high + SIGNED_OFFSET)
+    return CodeRange(zero_point, low, high)
+
+
+def quantize_unsigned(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+    """Return the uint8 codes of ``x``: those of ``quantize_affine``, shifted where symmetric.
+
+    Clamping before rounding is the same between integer bounds. Converting through the bits takes half the
+    time of ``round_().add_().clamp_().to(torch.uint8)``, whose last step is not vectorized. A NaN becomes
+    the code of 0.0: its lowest byte is zero.
+
+    Args:
+        x: floating point up to 32 bits, any shape and strides.
+        scale: float32, broadcasts against ``x``.
+        codes: see :class:`CodeRange`.
+    """
+    if x.numel() <= 2 * _BLOCK_ELEMENTS:
+        return _round(torch.div(x.to(torch.float32), scale), codes).to(torch.uint8).add_(codes.zero_point % 256)
+    result = torch.empty_like(x, dtype=torch.uint8)
+    out, (values,) = view_channels(result, (x,), NO_AXIS, x.shape[-1] if scale.numel() > 1 else NO_GROUP)
+    step, scratch = scale.reshape(-1, 1), empty_scratch(out, _BLOCK_ELEMENTS)
+    for block in channel_blocks(out.shape, _BLOCK_ELEMENTS):
+        target = out[block]
+        ratio = view_scratch(scratch, target).copy_(values[block]).div_(step[block[1]])
+        target.copy_(_round(ratio, codes)).add_(codes.zero_point % 256)
+    return result
+
+
+def _round(ratio: Tensor, codes: CodeRange) -> Tensor:
+    """Return integers whose lowest byte is the code less the zero point; works in ``ratio``."""
+    ratio.clamp_(codes.low - codes.zero_point, codes.high - codes.zero_point).add_(_ROUNDER)
+    return ratio.view(torch.int32)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """int8 codes in oneDNN's own layout, with their scale."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+def pack_linear(codes: Tensor, scale: Tensor) -> PackedWeight:
+    """Return a weight as the kernel reads it.
+
+    Args:
+        codes: int8, ``[out_features, in_features]``.
+        scale: one for the tensor or ``[out_features]``; may be negative.
+    """
+    flat = scale.detach().reshape(-1).to(torch.float32, copy=True)
+    packed = _onednn().qlinear_prepack(codes.contiguous(), None)
+    return PackedWeight(packed, flat, torch.zeros_like(flat, dtype=torch.int32))
+
+
+def integer_linear(
+    x: Tensor, scale: Tensor, codes: CodeRange, weight: PackedWeight, bias: Tensor | None, scale_value: float
+) -> Tensor:
+    """Return ``x @ weight.T + bias`` with ``x`` quantized per tensor, in the dtype of ``x``.
+
+    Args:
+        x: ``[..., in_features]``.
+        scale: of ``x``, float32, one element without dimensions.
+        codes: of ``x``.
+        weight: of :func:`pack_linear`.
+        bias: ``[out_features]`` or None.
+        scale_value: ``scale`` as a number, which the caller keeps so that no call has to read it.
+    """
+    rows = quantize_unsigned(x.reshape(-1, x.shape[-1]), scale, codes)
+    result = _product(rows, scale_value, codes.zero_point, weight, None if bias is None else bias.to(torch.float32))
+    return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
+
+
+def integer_linear_per_token(x: Tensor, bits: int, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias`` with every token of ``x`` on a symmetric grid of its own, found now.
+
+    A token that holds NaN gives NaN.
+
+    Args:
+        x: ``[..., in_features]``.
+        bits: of the codes, 2 to 8.
+        weight: of :func:`pack_linear`.
+        bias: ``[out_features]`` or None.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    scale, _ = choose_scale_zero_point(
+        rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), bits=bits, symmetric=True
+    )
+    codes = quantize_unsigned(rows, scale, code_range(bits, True))
+    result = _product(codes, 1.0, SIGNED_OFFSET, weight, None).mul_(scale)
+    if bias is not None:
+        result.add_(bias)
+    return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
+
+
+def _product(rows: Tensor, scale: float, zero_point: int, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    result: Tensor = _onednn().qlinear_pointwise(
+        rows, scale, zero_point, weight.codes, weight.scale, weight.zero_point, bias,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return result
+
+
+@lru_cache(maxsize=1)
+def linear_is_exact() -> bool:
+    """Return whether this machine's kernel is there and sums codes exactly; found once, by a tiny product.
+
+    Without VNNI instructions pairs of products may saturate at 16 bits.
+    """
+    x = torch.full((3, 70), 255, dtype=torch.uint8)
+    x[1, ::3] = 7
+    w = torch.full((5, 70), 127, dtype=torch.int8)
+    w[1, ::2] = -128
+    try:
+        result = _product(x, 1.0, 3, pack_linear(w, torch.ones(1)), None)
+    except (AttributeError, RuntimeError):  # a build of PyTorch without oneDNN or without this op
+        return False
+    return torch.equal(result.long(), (x.long() - 3) @ w.long().T)
+
+
+def _onednn() -> Any:
+    return torch.ops.onednn
