@@ -1,4 +1,4 @@
-"""Measure what this machine does: fake quantization and the training step, beside the peers."""
+"""Measure what this machine does: fake quantization, training step and inference, beside the peers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ._benchmark_fake_quantize import fake_quantize_group
+from ._benchmark_inference import inference_group
 from ._benchmark_train_step import train_step_group
 from ._errors import ConfigError, nearest
 from ._timing import Timing, machine
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 GROUPS: dict[str, Callable[[int], list[Timing]]] = {
     "fake_quantize": fake_quantize_group,
     "train_step": train_step_group,
+    "inference": inference_group,
 }
 
 

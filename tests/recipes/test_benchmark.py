@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lightning_qat.recipes import _benchmark_fake_quantize, _benchmark_train_step
+from lightning_qat.recipes import _benchmark_fake_quantize, _benchmark_inference, _benchmark_train_step
 
 
 def run(folder, *overrides):
@@ -49,3 +49,10 @@ def test_the_training_step_has_its_peers_and_keeps_what_float_keeps():
     ]
     assert timings["lightning_qat, observing"].kept < 1.02
     assert timings["torch.ao FX"].kept > 1.3  # the witness: the measure sees what others keep
+
+
+def test_inference_has_float_ours_and_a_peer():
+    timings = _benchmark_inference.inference_group(1, features=32, batches=(2,))
+    assert len({timing.group for timing in timings}) == 3
+    names = [timing.name for timing in timings[:4]]
+    assert names == ["float", "lightning_qat int8", "lightning_qat int8_dynamic", "torch.ao dynamic, per tensor"]
