@@ -67,3 +67,14 @@ def trainer(tmp_path, callbacks=(), **kwargs):
         enable_checkpointing=False, default_root_dir=tmp_path, log_every_n_steps=1,
     )  # fmt: skip
     return L.Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
+
+
+class StopBeforeEpoch(L.Callback):
+    """Breaks a run off as Ctrl-C would."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise KeyboardInterrupt

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from classifier import StopBeforeEpoch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.transformer import LightningTransformer, WikiText2
 from safetensors.torch import save_file
@@ -31,17 +32,6 @@ def run_elsewhere(code, *arguments):
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-
-
-class StopBeforeEpoch(L.Callback):
-    """Breaks a run off as Ctrl-C would."""
-
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == self.epoch:
-            raise KeyboardInterrupt
 
 
 def interrupted_and_resumed(build, callbacks, fit, folder):

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from classifier import Classifier, loader, trainer
+from classifier import Classifier, StopBeforeEpoch, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,15 +17,6 @@ SCHEDULES = {
     "frozen": lambda: [lq.QuantizationAwareTraining("int8", freeze_step=4)],
     "progressive": lambda: [lq.ProgressiveBitReduction({0: 16, 10: 8, 20: 4}), lq.ObserverCalibration(2)],
 }
-
-
-class StopBeforeEpoch(L.Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == self.epoch:
-            raise KeyboardInterrupt
 
 
 def assert_equal_states(one, other):
