@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +22,6 @@ from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.transforms.calibrate import calibrating
 from lightning_qat.transforms.fuse import watch_folds
 from lightning_qat.transforms.phase import float_forward
-from lightning_qat.transforms.prepare import qat_layers
 
 
 class _InertOptimizer:
@@ -79,7 +79,8 @@ def without_effects(module: pl.LightningModule) -> Iterator[None]:
         with inert_steps(module):
             yield
     finally:
-        _put_back(state)
+        for before in state:
+            before.put_back()
         for metric, kept, count in metrics:
             for name, value in kept.items():
                 setattr(metric, name, value)
@@ -87,31 +88,48 @@ def without_effects(module: pl.LightningModule) -> Iterator[None]:
             metric._computed = None
 
 
-def _module_state(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Return what a ``training_step`` may change on the side, each with a copy: buffers, lists and dicts."""
-    ours = {
-        id(part) for _, layer in qat_layers(module) for part in layer.modules() if isinstance(part, QuantizationState)
-    }
-    state: list[tuple[Any, Any]] = []
-    for part in module.modules():
-        if id(part) not in ours and not isinstance(part, Metric):
-            state += [(buffer, buffer.clone()) for buffer in part._buffers.values() if buffer is not None]
-    for name, value in module.__dict__.items():
-        if isinstance(value, (list, dict)) and not name.startswith("_"):
-            state.append((value, value.copy()))
-    return state
+@dataclass
+class _Before:
+    """What one module held: which objects, and what was in those that change in place."""
+
+    part: nn.Module
+    buffers: dict[str, torch.Tensor | None]
+    attributes: dict[str, Any]
+    contents: list[tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, part: nn.Module) -> _Before:
+        buffers = dict(part._buffers)
+        attributes = {name: value for name, value in part.__dict__.items() if not name.startswith("_")}
+        contents: list[tuple[Any, Any]] = []
+        for value in [*buffers.values(), *attributes.values()]:
+            if isinstance(value, torch.Tensor) and not value.requires_grad:
+                contents.append((value, value.clone()))
+            elif isinstance(value, (list, dict)):
+                contents.append((value, value.copy()))
+        return cls(part, buffers, attributes, contents)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        self.part._buffers.clear()
+        self.part._buffers.update(self.buffers)
+        for name in [name for name in self.part.__dict__ if not name.startswith("_")]:
+            del self.part.__dict__[name]
+        self.part.__dict__.update(self.attributes)
+        for value, kept in self.contents:
+            if isinstance(value, torch.Tensor):
+                value.copy_(kept)
+            else:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(kept)
 
 
-@torch.no_grad()
-def _put_back(state: list[tuple[Any, Any]]) -> None:
-    for value, kept in state:
-        if isinstance(value, torch.Tensor):
-            value.copy_(kept)
-        elif isinstance(value, list):
-            value[:] = kept
-        else:
-            value.clear()
-            value.update(kept)
+def _module_state(module: nn.Module) -> list[_Before]:
+    """Return what a ``training_step`` may change on the side: buffers and attributes, of all but our own modules.
+
+    Objects inside lists and dicts are not copied.
+    """
+    return [_Before.of(part) for part in module.modules() if not isinstance(part, (QuantizationState, Metric))]
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ def _compare(trainer: pl.Trainer, module: pl.LightningModule, batches: int) -> P
         stack.enter_context(isolate_rng())
         stack.enter_context(generators_kept(loader.iterables))
         stack.enter_context(_loggers_silent(trainer))
+        stack.enter_context(_validating(trainer, step_name))
         stack.enter_context(step_context)
         converted = convert(module)
         converted.trainer = trainer
@@ -107,6 +108,18 @@ def _loader_and_step(
         return loader, "validation_step", trainer.precision_plugin.val_step_context(), limit
     context = trainer.precision_plugin.train_step_context()
     return fit._combined_loader, "training_step", context, trainer.num_training_batches
+
+
+@contextlib.contextmanager
+def _validating(trainer: pl.Trainer, step_name: str) -> Iterator[None]:
+    """Let ``trainer.validating`` be what a ``validation_step`` is used to."""
+    stage = trainer.state.stage
+    if step_name == "validation_step":
+        trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 @contextlib.contextmanager

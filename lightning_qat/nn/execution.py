@@ -111,6 +111,8 @@ def takes_integers(layer: QuantizedLayer, x: Tensor) -> bool:
     """Return whether this call can go to an integer kernel, if the layer has one."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
         return False
+    if torch._C._functorch.maybe_current_level() is not None:  # under vmap and its kin
+        return False
     if x.dtype != layer.weight_dtype or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
         return False
     bias: Any = layer.bias

@@ -42,13 +42,19 @@ class _Again:
         return whole.as_strided(*saved)
 
 
+def has_memory_of_its_own(x: Tensor) -> bool:
+    """Whether ``x`` is a plain tensor that can be told by its address and version, as under no transform."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_inference() and not x.is_meta
+    return plain and torch._C._functorch.maybe_current_level() is None
+
+
 def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tuple[Tensor, _Again | None]:
     """Return the fake-quantized ``source`` and how to make it again; itself and None where it stays in float."""
     parameters = None if quantizer is None else quantizer.parameters_now(source)
     if quantizer is None or parameters is None:
         return source, None
     quantized = quantizer.scheme.fake_quantize(source, *parameters)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or source.is_inference():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not has_memory_of_its_own(source):
         return quantized, None
     return quantized, _Again(source, parameters, quantizer)
 

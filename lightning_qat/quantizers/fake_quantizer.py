@@ -97,6 +97,12 @@ class FakeQuantizer(QuantizationState):
         self.quantizing = bool(state["quantizing"])
         self.frozen = bool(state["frozen"])
 
+    def _unchanging(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both as they are now: a backward pass may come after the buffers are written again."""
+        if scale is self.scale and torch.is_grad_enabled():
+            return scale.clone(), zero_point.clone()
+        return scale, zero_point
+
     def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
         """Return what ``x`` is fake-quantized with, or None if it stays in float; learn from it, if it is time."""
         raise NotImplementedError
@@ -247,7 +253,7 @@ class WeightQuantizer(FakeQuantizer):
         return self.scheme.fake_quantize(flat, scale, zero_point, fmt).reshape(rows.shape)
 
     def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
-        return (*self.parameters_for(x), self._format) if self.quantizing else None
+        return (*self._unchanging(*self.parameters_for(x)), self._format) if self.quantizing else None
 
 
 class ActivationQuantizer(FakeQuantizer):
@@ -343,7 +349,7 @@ class ActivationQuantizer(FakeQuantizer):
             )
         if fmt.dynamic and x.numel():
             scale, zero_point, fmt = dynamic_parameters(x, fmt, self.spatial_dims)
-        return scale, zero_point, fmt
+        return *self._unchanging(scale, zero_point), fmt
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the integer codes of ``x`` with the calibrated range."""

@@ -206,3 +206,41 @@ def test_a_setup_that_failed_can_be_tried_again(tmp_path):
     trainer(tmp_path, [lq.QuantizationAwareTraining("w4a8")]).fit(module, loader())
     assert module.head.weight_quantizer.bits == 4
     assert isinstance(module.conv, nn.Conv2d)
+
+
+class Counting(Classifier):
+    """Keeps things on the side in every way."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(()))
+        self.count, self.plain, self.outs = 0, torch.zeros(()), []
+
+    def _keep(self):
+        self.bank = self.bank + 1
+        self.count += 1
+        self.plain += 1
+        self.outs = [*self.outs, 1]
+
+    def training_step(self, batch, batch_idx):
+        self._keep()
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        assert self.trainer.validating or self.trainer.sanity_checking
+        self._keep()
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_calibration_and_certificate_leave_no_trace_in_the_module(tmp_path, validate):
+    """Witness: the same run without the callback."""
+    kept = []
+    for callbacks in ([], [lq.QuantizationAwareTraining("int8")]):
+        module = Counting()
+        trainer(tmp_path, callbacks).fit(module, loader(), loader(8) if validate else None)
+        kept.append(
+            (module.bank.item(), module.count, module.plain.item(), len(module.outs), "bank" in module.state_dict())
+        )
+    assert kept[0] == kept[1]
+    assert callbacks[0].certificate.passed

@@ -117,3 +117,28 @@ def test_inference_and_no_grad_keep_nothing():
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             assert torch.equal(model(x.clone()), expected)
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_range_that_moves_before_backward_does_not_reach_it(needs_grad):
+    model = lq.prepare(nn.Sequential(nn.Linear(5, 4)), "int8")
+    x = torch.randn(3, 5, requires_grad=needs_grad)
+    model(x)
+    model.eval()
+    expected = torch.autograd.grad(model(x).square().sum(), model[0].weight)[0]
+    loss = model(x).square().sum()
+    model.train()
+    model(x.detach() * 50)
+    assert torch.equal(torch.autograd.grad(loss, model[0].weight)[0], expected)
+
+
+@pytest.mark.parametrize("plan", ["int8", "int8_weight_only"])
+def test_vmap_maps_prepared_and_converted_layers(plan):
+    model = lq.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)), plan)
+    x = torch.randn(2, 5, 3, 4, 4)
+    lq.calibrate(model, [x[0]])
+    model.eval()
+    for each in (model, lq.convert(model)):
+        with torch.no_grad():
+            mapped, looped = torch.func.vmap(each)(x), torch.stack([each(part) for part in x])
+        torch.testing.assert_close(mapped, looped, rtol=1e-4, atol=1e-5)
