@@ -14,6 +14,8 @@ from lightning_qat.nn.embedding import QATEmbedding, QuantizedEmbedding
 from lightning_qat.nn.layer import QATLayer, QuantizedLayer
 from lightning_qat.nn.linear import QATLinear, QuantizedLinear
 from lightning_qat.nn.norm import FoldedBatchNorm, fold_bn_into_conv
+from lightning_qat.nn.region import keep_codes_inside
+from lightning_qat.nn.region_functions import codes_pass
 
 __all__ = [
     "FoldedBatchNorm",
@@ -31,5 +33,7 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLayer",
     "QuantizedLinear",
+    "codes_pass",
     "fold_bn_into_conv",
+    "keep_codes_inside",
 ]

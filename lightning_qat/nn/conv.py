@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.config import PlanLike
-from lightning_qat.nn.execution import IntegerKernel, static_input, takes_integers, weight_values
+from lightning_qat.nn.conv_kernel import ConvKernel, conv_geometry
+from lightning_qat.nn.execution import takes_integers
 from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
+from lightning_qat.nn.region import RegionTensor, inside_region, settled
 from lightning_qat.nn.single import init_from
-from lightning_qat.ops.integer_conv import ConvGeometry, conv_is_exact, integer_conv, pack_conv
+from lightning_qat.ops.integer_conv import conv_is_exact
 
 
 class _QATConv(QATLayer):
@@ -34,10 +36,14 @@ class _QuantizedConv(QuantizedLayer):
     """With calibrated 8-bit inputs and up to two spatial dimensions it computes with integers on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
+        input = settled(input)
         kernel = self._kernel(input)
-        if kernel is not None:
-            return kernel(input, self.bias)  # type: ignore[arg-type]
-        return self._conv_forward(self.quantized_input(input), self.weight, self.bias)  # type: ignore[operator]
+        if kernel is None:
+            return self._conv_forward(self.quantized_input(input), self.weight, self.bias)  # type: ignore[operator]
+        bias: Any = self.bias
+        if inside_region() and kernel.answers_region(input):
+            return kernel.pending(input, bias, one_reader=self.feeds_one_layer)
+        return kernel(input.plain() if type(input) is RegionTensor else input, bias)
 
     def _integer_execution(self) -> str:
         fmt: Any = self.input_format
@@ -47,54 +53,27 @@ class _QuantizedConv(QuantizedLayer):
             return "reference: ranges per sample"
         if type(self)._conv_forward is not self.float_class._conv_forward:  # type: ignore[attr-defined]
             return "reference: a convolution of its own"
-        if not self._geometry().has_exact_kernel(self.weight_shape):
+        if not conv_geometry(self).has_exact_kernel(self.weight_shape):
             return "reference: groups of several channels"
-        return "onednn int8" if conv_is_exact() else "reference: no exact integer kernel on this CPU"
+        if not conv_is_exact():
+            return "reference: no exact integer kernel on this CPU"
+        return "onednn int8, codes out" if self.feeds_one_layer and self.spatial_dims == 2 else "onednn int8"
 
-    def _kernel(self, x: Tensor) -> IntegerKernel | None:
+    def _kernel(self, x: Tensor) -> ConvKernel | None:
         """Return what computes the output of ``x`` from integers, or None for the reference."""
-        if not takes_integers(self, x) or not self._fits(x) or self.execution.startswith("reference"):
+        # Whatever says so in ``execution`` is known when the kernel is built; shapes and states of a call are not.
+        if not takes_integers(self, x):
             return None
         layer: Any = self
         settings = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-        return self.kernel_cache.get(self, (self.weight_format, self.input_format, *settings), self._build_kernel)
+        kernel: Any = self.kernel_cache.get(self, settings, self._build_kernel)
+        if kernel is None:
+            return None
+        shape = x.seen_shape if type(x) is RegionTensor else tuple(x.shape)
+        return None if kernel.output_shape(shape) is None else kernel
 
-    def _fits(self, x: Tensor) -> bool:
-        """Return whether the kernel takes the shape of ``x``; what is wrong with one, the reference says."""
-        layer: Any = self
-        dims = len(layer.kernel_size)
-        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != layer.in_channels:
-            return False
-        pads = layer._reversed_padding_repeated_twice[::-1]
-        size = [n + pads[2 * i] + pads[2 * i + 1] for i, n in enumerate(x.shape[-dims:])]
-        reach = ((k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
-        return all(n >= r for n, r in zip(size, reach, strict=True)) and self._geometry().is_exact_for(size)
-
-    def _geometry(self, padding: tuple[int, ...] = ()) -> ConvGeometry:
-        layer: Any = self
-        return ConvGeometry(tuple(layer.kernel_size), tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
-
-    def _build_kernel(self) -> IntegerKernel:
-        layer: Any = self
-        dims, mode = len(layer.kernel_size), layer.padding_mode
-        pads = layer._reversed_padding_repeated_twice
-        # Last dimension first, before and after. What the kernel cannot pad is padded before it, in float: the
-        # codes of copied values, and of 0.0, are the same either way.
-        simple = mode == "zeros" and pads[::2] == pads[1::2]
-        padding = tuple(pads[::2][::-1]) if simple else (0,) * dims
-        geometry = self._geometry(padding)
-        scale, value, codes = static_input(self)
-        weight = pack_conv(weight_values(self), self.weight_scale, geometry, value, codes)
-        pad_mode = "constant" if mode == "zeros" else mode
-
-        def kernel(x: Tensor, bias: Tensor | None) -> Tensor:
-            batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
-            if not simple:
-                batch = F.pad(batch, pads, mode=pad_mode)
-            result = integer_conv(batch, scale, codes, weight, bias, value, geometry)
-            return result if x.dim() == dims + 2 else result.squeeze(0)
-
-        return kernel
+    def _build_kernel(self) -> ConvKernel | None:
+        return None if self.execution.startswith("reference") else ConvKernel(self)
 
 
 class QATConv1d(_QATConv, nn.Conv1d):

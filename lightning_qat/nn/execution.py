@@ -3,7 +3,8 @@
 A kernel is taken only where its grid is the trained one. Some things are known of a layer at any time
 (:func:`reference_reason`, what ``QuantizedLayer.execution`` shows); others only of a call, which then takes the
 reference path: under ``torch.compile``, ``torch.export``, ``torch.jit.trace`` and autocast, where a gradient,
-forward or backward, is wanted, for empty inputs, and for inputs of another dtype, device or tensor class.
+forward or backward, is wanted, for empty inputs, and for inputs of another dtype, device or tensor class; a
+weight-only Linear also for NaN and infinities, and where the number of tokens makes a float product faster.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lightning_qat.nn.region import RegionTensor
 from lightning_qat.ops.integer_linear import MAX_TERMS, CodeRange, code_range
 from lightning_qat.schemes import IntegerScheme, TensorFormat, get_scheme
 
@@ -33,7 +35,7 @@ class KernelCache:
     """A layer's packed weight: built on first use, rebuilt when the codes change, never copied or pickled."""
 
     def __init__(self) -> None:
-        self._built: tuple[tuple[Any, ...], list[Tensor | None], IntegerKernel] | None = None
+        self._built: tuple[tuple[Any, ...], list[Tensor | None], IntegerKernel | None] | None = None
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelCache:
@@ -47,12 +49,19 @@ class KernelCache:
         self._built = None
 
     def get(
-        self, layer: QuantizedLayer, settings: tuple[Any, ...], build: Callable[[], IntegerKernel]
-    ) -> IntegerKernel:
-        """Return the kernel of ``layer`` as it is now; ``settings`` is what it depends on besides tensors."""
+        self, layer: QuantizedLayer, settings: tuple[Any, ...], build: Callable[[], IntegerKernel | None]
+    ) -> IntegerKernel | None:
+        """Return the kernel of ``layer`` as it is now, or None where ``build`` has none.
+
+        Args:
+            layer: whose kernel it is.
+            settings: what it depends on besides formats, tensors, dtype and mode.
+            build: makes it.
+        """
         tensors = [layer._buffers.get(name) for name in _TENSORS]
-        # Tensors are kept, so that no other one takes the address; a version counts changes in place.
-        key = (settings, *(None if t is None else (id(t), t._version, t.data_ptr()) for t in tensors))
+        formats = layer.weight_format, layer.input_format, layer.weight_dtype, layer.training
+        # Tensors are kept, so that no other one takes the address.
+        key = (settings, formats, *(None if tensor is None else _identity(tensor) for tensor in tensors))
         built = self._built
         if built is None or built[0] != key:
             with self._lock:
@@ -62,10 +71,15 @@ class KernelCache:
         return built[2]
 
 
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    """Return what changes when the tensor is another one, or is changed in place and counts that."""
+    return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
 def reference_reason(layer: QuantizedLayer) -> str | None:
     """Return why ``layer`` cannot compute with integers as it stands, or None; looks at metadata only."""
     weight, grid = layer.weight_format, layer.input_format
-    if grid is None:
+    if grid is None and not isinstance(layer, nn.Linear):
         return "weight-only"
     if layer.training:
         return "training mode"
@@ -78,13 +92,13 @@ def reference_reason(layer: QuantizedLayer) -> str | None:
         return f"computes in {str(layer.weight_dtype).removeprefix('torch.')}"
     if layer.weight_shape.numel() == 0:
         return "no weights"
-    return _weight_reason(weight, layer) or _input_reason(grid)
+    return _weight_reason(weight, layer) or (None if grid is None else _input_reason(grid))
 
 
 def _weight_reason(fmt: TensorFormat, layer: QuantizedLayer) -> str | None:
     if type(get_scheme(fmt.scheme)) is not IntegerScheme:
         return f"weights in {fmt.scheme}"
-    if fmt.group_size is not None:
+    if fmt.group_size is not None and layer.input_format is not None:
         return "weights in groups"
     if fmt.axis not in (None, 0):
         return f"weight scales along dimension {fmt.axis}"
@@ -92,7 +106,7 @@ def _weight_reason(fmt: TensorFormat, layer: QuantizedLayer) -> str | None:
         return f"{fmt.bits}-bit weights"
     if fmt.bits == 8 and not fmt.symmetric:
         return "asymmetric 8-bit weights"  # code - zero point needs nine bits
-    if layer.weight_shape[1:].numel() > MAX_TERMS:
+    if (fmt.group_size or layer.weight_shape[1:].numel()) > MAX_TERMS:
         return f"sums of more than {MAX_TERMS} products"
     return None
 
@@ -109,7 +123,11 @@ def _input_reason(fmt: TensorFormat) -> str | None:
 
 def takes_integers(layer: QuantizedLayer, x: Tensor) -> bool:
     """Return whether this call can go to an integer kernel, if the layer has one."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(x) is RegionTensor:  # of a layer that asked all this
+        return layer.weight_dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if type(x) is not Tensor:
         return False
     if torch._C._functorch.maybe_current_level() is not None:  # under vmap and its kin
         return False
@@ -128,8 +146,9 @@ def weight_values(layer: QuantizedLayer) -> Tensor:
     codes, zero_point = layer.codes, layer.weight_zero_point
     if layer.weight_format.symmetric:
         return codes
-    rows = zero_point.to(torch.int16).reshape(-1, *[1] * (codes.dim() - 1))
-    return (codes.to(torch.int16) - rows).to(torch.int8)
+    rows = zero_point.to(torch.int16).reshape(-1, 1)  # of the tensor, of channels or of groups
+    values = codes.to(torch.int16).reshape(rows.shape[0], -1) - rows
+    return values.to(torch.int8).reshape(codes.shape)
 
 
 def static_input(layer: QuantizedLayer) -> tuple[Tensor, float, CodeRange]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qat.config import QuantizationConfig
+from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.execution import KernelCache, reference_reason
 from lightning_qat.nn.recompute import LayerFunction, fake_quantize_again, made_again_in_backward
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, WeightQuantizer, dynamic_parameters
@@ -81,8 +82,11 @@ class QuantizedLayer(_Adopting, KeepsDtype):
         input_scale, input_zero_point: of a calibrated input; None for weight-only and dynamic ranges.
         weight_format, input_format: how to read them.
         weight_shape, weight_dtype: of the float weight.
+        feeds_one_layer: the output is read by one quantized layer alone, through clamping, max pooling and flattening
+            at most, so it may be computed straight to that layer's codes (:mod:`lightning_qat.nn.region`).
     """
 
+    feeds_one_layer: bool = False
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
@@ -99,8 +103,8 @@ class QuantizedLayer(_Adopting, KeepsDtype):
     def execution(self) -> str:
         """The arithmetic of a plain forward pass as the layer stands: a kernel's name, or the reference and why.
 
-        Such as ``"onednn int8"``, ``"onednn int8 per token"`` or ``"reference: weight-only"``. Some calls take the
-        reference path all the same, see :mod:`lightning_qat.nn.execution`.
+        Such as ``"onednn int8"``, ``"onednn int8, codes out"``, ``"onednn int8 per token"`` or ``"reference: per
+        sample"``. Some calls take the reference path all the same, see :mod:`lightning_qat.nn.execution`.
         """
         reason = reference_reason(self)
         return f"reference: {reason}" if reason is not None else self._integer_execution()
@@ -256,7 +260,7 @@ def make_qat(layer: nn.Module, weight: QuantizationConfig, activation: Quantizat
         name: of the layer, for messages.
     """
     qat_class = _class_for(type(layer), quantized=False)
-    tensor: Any = layer.weight
+    tensor: Any = weight_now(layer)
     if is_lazy(tensor):
         raise ValueError(f"layer {name!r} is lazy and has no weight yet; run one batch through the model first")
     if issubclass(qat_class, _OwnForward) and isinstance(getattr(type(layer), "weight", None), property):
@@ -290,6 +294,8 @@ def make_quantized(
     tensors: dict[str, Tensor | None],
     weight_shape: torch.Size,
     weight_dtype: torch.dtype,
+    *,
+    feeds_one_layer: bool = False,
 ) -> None:
     """Turn a float layer into its converted counterpart, in place.
 
@@ -300,6 +306,7 @@ def make_quantized(
         tensors: ``weight_packed``, ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``.
         weight_shape: of the float weight.
         weight_dtype: of the float weight.
+        feeds_one_layer: see :class:`QuantizedLayer`.
     """
     quantized_class = _class_for(type(layer), quantized=True)
     for holder in (layer._parameters, layer._buffers, layer.__dict__):
@@ -310,7 +317,7 @@ def make_quantized(
     facts: Any = layer
     facts.weight_format, facts.input_format = weight_format, input_format
     facts.weight_shape, facts.weight_dtype = torch.Size(weight_shape), weight_dtype
-    facts.kernel_cache = KernelCache()
+    facts.kernel_cache, facts.feeds_one_layer = KernelCache(), feeds_one_layer
     if layer._parameters.get("bias") is not None:
         layer.bias.requires_grad_(False)
 

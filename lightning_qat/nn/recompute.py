@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
+from lightning_qat.ops.workspace import passing_results
+from lightning_qat.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 from lightning_qat.schemes import TensorFormat
 
 
@@ -30,6 +31,8 @@ class _Again:
         self.parameters = parameters
         self.scheme = quantizer.scheme
         self.name = quantizer.name
+        #: The whole, where somebody else keeps it until the backward pass.
+        self.kept: Tensor | None = None
 
     def make(self, saved: tuple[Any, ...]) -> Tensor:
         if self.source._version != self.version:
@@ -37,8 +40,10 @@ class _Again:
                 f"a tensor that layer {self.name!r} quantizes was changed in place before its backward pass; "
                 "use an operation that is not in place after the layer"
             )
-        with torch.no_grad():
-            whole = self.scheme.fake_quantize(self.source, *self.parameters)
+        if self.kept is not None:
+            return self.kept.as_strided(*saved)
+        with torch.no_grad(), passing_results():
+            whole = self.scheme.fake_quantize_through(self.source, *self.parameters)
         return whole.as_strided(*saved)
 
 
@@ -50,13 +55,23 @@ def has_memory_of_its_own(x: Tensor) -> bool:
 
 def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tuple[Tensor, _Again | None]:
     """Return the fake-quantized ``source`` and how to make it again; itself and None where it stays in float."""
+    if isinstance(quantizer, WeightQuantizer) and quantizer.kept is not None and not torch.compiler.is_compiling():
+        found = quantizer.kept.get(quantizer, source) if has_memory_of_its_own(source) else None
+        if found is not None:
+            again = _Again(source, found[2], quantizer)
+            again.kept = found[1]
+            return found[0], again if torch.is_grad_enabled() else None
     parameters = None if quantizer is None else quantizer.parameters_now(source)
     if quantizer is None or parameters is None:
         return source, None
-    quantized = quantizer.scheme.fake_quantize(source, *parameters)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not has_memory_of_its_own(source):
-        return quantized, None
-    return quantized, _Again(source, parameters, quantizer)
+    if torch.compiler.is_compiling():
+        return quantizer.scheme.fake_quantize(source, *parameters), None
+    if not has_memory_of_its_own(source) or torch.jit.is_tracing():
+        return quantizer.scheme.fake_quantize(source, *parameters), None
+    covered = isinstance(quantizer, WeightQuantizer) and quantizer.covers_weight
+    with passing_results():
+        quantized = quantizer.scheme.fake_quantize_through(source, *parameters, covered=covered)
+    return quantized, _Again(source, parameters, quantizer) if torch.is_grad_enabled() else None
 
 
 def made_again_in_backward(*made: tuple[Tensor, _Again | None]) -> AbstractContextManager[Any]:

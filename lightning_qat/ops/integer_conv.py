@@ -18,6 +18,14 @@ from lightning_qat.ops.integer_linear import CodeRange, PackedWeight, _onednn, q
 
 
 @dataclass(frozen=True)
+class CodeGrid:
+    """What uint8 codes of a tensor stand for: ``(code - codes.zero_point) * scale``."""
+
+    scale: float
+    codes: CodeRange
+
+
+@dataclass(frozen=True)
 class ConvGeometry:
     """Kernel size, stride, zero padding and dilation for each spatial dimension, and the number of groups."""
 
@@ -101,31 +109,59 @@ def integer_conv(
         geometry: of the convolution.
     """
     bias = None if bias is None else bias.to(torch.float32)
-    result = _convolve(quantize_unsigned(x, scale, codes), scale_value, codes.zero_point, weight, bias, geometry)
+    grid = CodeGrid(scale_value, codes)
+    result = convolve_codes(quantize_unsigned(x, scale, codes), grid, weight, bias, geometry)
     # The kernel computes in channels_last; whoever flattens with view() relies on the input's layout.
     result = result.to(x.dtype)
-    return result if _is_channels_last(x) else result.contiguous()
+    return result if is_channels_last(x) else result.contiguous()
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
+    """Return whether an operation that keeps the layout of ``x`` makes a result in channels_last."""
     if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return False
     # Of the layouts that are both, one channel and one pixel: what the strides say, else plain.
     return x.stride(1) == 1 and (x.shape[2] * x.shape[3] > 1 or not x.is_contiguous())
 
 
-def _convolve(
-    codes: Tensor, scale: float, zero_point: int, weight: PackedWeight, bias: Tensor | None, geometry: ConvGeometry
+def convolve_codes(
+    codes: Tensor,
+    grid: CodeGrid,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    output: CodeGrid | None = None,
+    *,
+    relu: bool = False,
 ) -> Tensor:
+    """Return the convolution of codes, in channels_last: float32, or uint8 codes on the grid ``output``.
+
+    The codes of the result are those of the float result, but for values within a rounding error of the middle
+    between two codes. Call it where ``geometry`` is exact only, see :class:`ConvGeometry`.
+
+    Args:
+        codes: uint8, ``[N, C, *spatial]`` with one or two spatial dimensions.
+        grid: of ``codes``.
+        weight: of :func:`pack_conv`, with the same geometry.
+        bias: float32, ``[out_channels]``, or None.
+        geometry: of the convolution.
+        output: of the result.
+        relu: set what is below 0 to 0.
+    """
     g = geometry
     if not g.kernel_may_pad(codes.shape[2:]):
-        codes = F.pad(codes, [p for p in reversed(g.padding) for _ in range(2)], value=zero_point)
+        codes = F.pad(codes, [p for p in reversed(g.padding) for _ in range(2)], value=grid.codes.zero_point)
         g = replace(g, padding=(0,) * len(g.padding))
+    scale, zero_point, dtype = 1.0, 0, torch.float32
+    if output is not None:
+        scale, zero_point, dtype = output.scale, output.codes.zero_point, torch.uint8
     result: Tensor = _onednn().qconv_pointwise(
-        codes, scale, zero_point, weight.codes, weight.scale, weight.zero_point, bias,
+        codes, grid.scale, grid.codes.zero_point, weight.codes, weight.scale, weight.zero_point, bias,
         list(g.stride), list(g.padding), list(g.dilation), g.groups,
-        1.0, 0, torch.float32, "none", [], "",
+        scale, zero_point, dtype, "relu" if relu else "none", [], "",
     )  # fmt: skip
+    if output is not None and ((output.codes.low > 0 and not relu) or output.codes.high < 255):
+        result.clamp_(output.codes.low, output.codes.high)
     return result
 
 
@@ -136,13 +172,19 @@ def conv_is_exact() -> bool:
     x[:, 1::3] = 7
     w = torch.full((20, 20, 3, 3), 127, dtype=torch.int8)
     w[1, ::2] = -128
+    codes = CodeRange(3, 0, 255)
     for groups, kernel in ((1, w), (20, w[:, :1])):
         geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups)
         try:
-            packed = pack_conv(kernel, torch.ones(1), geometry, 1.0, CodeRange(3, 0, 255))
-            result = _convolve(x, 1.0, 3, packed, None, geometry)
+            packed = pack_conv(kernel, torch.ones(1), geometry, 1.0, codes)
+            result = convolve_codes(x, CodeGrid(1.0, codes), packed, None, geometry)
+            # Steps of a power of two larger than the sums: what is rounded is exact.
+            rounded = convolve_codes(x, CodeGrid(1.0, codes), packed, None, geometry, CodeGrid(2.0**16, codes))
         except (AttributeError, RuntimeError):  # a build of PyTorch without oneDNN or without this op
             return False
-        if not torch.equal(result.double(), F.conv2d(x.double() - 3, kernel.double(), padding=1, groups=groups)):
+        expected = F.conv2d(x.double() - 3, kernel.double(), padding=1, groups=groups)
+        if not torch.equal(result.double(), expected):
+            return False
+        if not torch.equal(rounded, (torch.round(expected / 2**16) + 3).clamp(0, 255).to(torch.uint8)):
             return False
     return True

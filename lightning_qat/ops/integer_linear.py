@@ -122,8 +122,29 @@ def integer_linear(
         scale_value: ``scale`` as a number, which the caller keeps so that no call has to read it.
     """
     rows = quantize_unsigned(x.reshape(-1, x.shape[-1]), scale, codes)
-    result = _product(rows, scale_value, codes.zero_point, weight, None if bias is None else bias.to(torch.float32))
+    result = multiply_codes(
+        rows, scale_value, codes.zero_point, weight, None if bias is None else bias.to(torch.float32)
+    )
     return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
+
+
+def integer_linear_per_tensor(
+    x: Tensor, bits: int, symmetric: bool, weight: PackedWeight, bias: Tensor | None
+) -> Tensor:
+    """Return ``x @ weight.T + bias`` with ``x`` on one grid, that of its range, found now.
+
+    A NaN spoils the range and so the whole result, which is NaN.
+
+    Args:
+        x: ``[..., in_features]``, not empty.
+        bits: of the codes, 2 to 8.
+        symmetric: codes around zero.
+        weight: of :func:`pack_linear`.
+        bias: ``[out_features]`` or None.
+    """
+    scale, zero_point = choose_scale_zero_point(*torch.aminmax(x), bits=bits, symmetric=symmetric)
+    codes = code_range(bits, symmetric, 0 if zero_point is None else int(zero_point.item()))
+    return integer_linear(x, scale, codes, weight, bias, scale.item())
 
 
 def integer_linear_per_token(x: Tensor, bits: int, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -142,13 +163,22 @@ def integer_linear_per_token(x: Tensor, bits: int, weight: PackedWeight, bias: T
         rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), bits=bits, symmetric=True
     )
     codes = quantize_unsigned(rows, scale, code_range(bits, True))
-    result = _product(codes, 1.0, SIGNED_OFFSET, weight, None).mul_(scale)
+    result = multiply_codes(codes, 1.0, SIGNED_OFFSET, weight, None).mul_(scale)
     if bias is not None:
         result.add_(bias)
     return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
 
 
-def _product(rows: Tensor, scale: float, zero_point: int, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def multiply_codes(rows: Tensor, scale: float, zero_point: int, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Return ``(rows - zero_point) @ weight.T * scale + bias`` in float32, summed exactly in int32.
+
+    Args:
+        rows: uint8 codes, ``[rows, in_features]``.
+        scale: of the codes.
+        zero_point: of the codes, 0 to 255.
+        weight: of :func:`pack_linear`.
+        bias: float32, ``[out_features]``, or None.
+    """
     result: Tensor = _onednn().qlinear_pointwise(
         rows, scale, zero_point, weight.codes, weight.scale, weight.zero_point, bias,
         1.0, 0, torch.float32, "none", [], "",
@@ -167,7 +197,7 @@ def linear_is_exact() -> bool:
     w = torch.full((5, 70), 127, dtype=torch.int8)
     w[1, ::2] = -128
     try:
-        result = _product(x, 1.0, 3, pack_linear(w, torch.ones(1)), None)
+        result = multiply_codes(x, 1.0, 3, pack_linear(w, torch.ones(1)), None)
     except (AttributeError, RuntimeError):  # a build of PyTorch without oneDNN or without this op
         return False
     return torch.equal(result.long(), (x.long() - 3) @ w.long().T)

@@ -15,7 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_qat.nn import FoldedBatchNorm, QATLayer, QuantizedLayer
+from lightning_qat.nn import (
+    FoldedBatchNorm,
+    QATLayer,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    keep_codes_inside,
+)
 from lightning_qat.nn.layer import float_type, make_quantized, supported_class
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.transforms.certificate import (
@@ -84,6 +91,8 @@ def _layer_entry(layer: QuantizedLayer) -> dict[str, Any]:
         "input": None if layer.input_format is None else layer.input_format.to_dict(),
         "shape": list(layer.weight_shape),
         "dtype": str(layer.weight_dtype).removeprefix("torch."),
+        "feeds_one_layer": layer.feeds_one_layer,
+        "execution": layer.execution,  # on the machine that saved it, for the reader
     }
 
 
@@ -274,6 +283,7 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
             {key: None if value is None else value.clone() for key, value in held.items()},
             torch.Size(entry["shape"]),
             getattr(torch, entry["dtype"]),
+            feeds_one_layer=bool(entry.get("feeds_one_layer", False)),
         )
     for name in manifest["folded_norms"]:
         drop_norm(modules[name])
@@ -282,6 +292,7 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
             tensor.data = tensor.data.to(tensors[name].dtype)  # a half-precision model loads as one
     model.load_state_dict(tensors | manifest["extra_state"], strict=True)
     leave_fast_paths(model)
+    keep_codes_inside(model, QuantizedConv2d, (QuantizedConv2d, QuantizedLinear))
     model.to(device).eval()
     if report is not None:
         attach_report(model, report)
