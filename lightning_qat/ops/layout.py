@@ -13,17 +13,16 @@ per group, token   -1        elements of a run  ``[1, numel / group, group]``
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.workspace import advise_huge_pages, take
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 #: ``axis`` and ``group`` of an op where they do not apply.
 NO_AXIS = -1
@@ -170,9 +169,6 @@ def match_layout(result: Tensor, x: Tensor) -> Tensor:
 _BLOCK_ELEMENTS = 8 * 1024 * 1024
 _SCRATCH_ELEMENTS = 2 * 1024 * 1024
 
-_HUGE_PAGE_BYTES = 4 * 1024 * 1024
-_MADV_HUGEPAGE = 14
-
 
 def view_channels(result: Tensor, others: Sequence[Tensor], axis: int, group: int) -> tuple[Tensor, list[Tensor]]:
     """Return ``[outer, C, inner]`` views in storage order: of ``result``, and of ``others`` shaped as it.
@@ -216,41 +212,17 @@ def channel_parameter(parameter: Tensor) -> Tensor:
 
 def empty_result(x: Tensor, group: int) -> Tensor:
     """Return uninitialized CPU memory for a result like ``x``; contiguous where runs share a scale."""
-    return _advise_huge_pages(torch.empty(x.shape, dtype=x.dtype) if group else torch.empty_like(x))
+    taken = take(x) if x.is_contiguous() or not group else None
+    if taken is not None:
+        return taken
+    return advise_huge_pages(torch.empty(x.shape, dtype=x.dtype) if group else torch.empty_like(x))
 
 
 def empty_scratch(result: Tensor, limit: int) -> Tensor:
     """Return flat uninitialized float32 CPU memory for one block of ``result``."""
-    return _advise_huge_pages(torch.empty(min(result.numel(), limit)))
+    return advise_huge_pages(torch.empty(min(result.numel(), limit)))
 
 
 def view_scratch(scratch: Tensor, block: Tensor) -> Tensor:
     """Return the part of :func:`empty_scratch` that a block takes, in its shape."""
     return scratch[: block.numel()].view(block.shape)
-
-
-def _advise_huge_pages(memory: Tensor) -> Tensor:
-    """Ask for huge pages where ``memory`` is large, and return it.
-
-    The page faults of fresh memory otherwise cost more than the arithmetic: 4096 x 4096 float32 on two
-    cores took 23 ms, of which 14 ms were faults, and 10 ms with huge pages.
-    """
-    advise = _madvise()
-    if advise is not None and memory.nbytes >= _HUGE_PAGE_BYTES:
-        page = 4096
-        start = -(-memory.data_ptr() // page) * page
-        end = (memory.data_ptr() + memory.nbytes) // page * page
-        # Only advice: where the kernel refuses it, the memory is as good as before.
-        advise(start, end - start, _MADV_HUGEPAGE)
-    return memory
-
-
-@lru_cache(maxsize=1)
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """Return ``madvise(2)``, or None on systems without transparent huge pages."""
-    if sys.platform != "linux":
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    function.restype = ctypes.c_int
-    return function

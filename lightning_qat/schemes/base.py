@@ -24,6 +24,7 @@ class TensorFormat:
         axis: dimension with a scale for each index; None with ``group_size`` None is per tensor.
         group_size: consecutive elements of a row that share a scale.
         dynamic: ranges are found at run time (activations only).
+        dynamic_range: what one of these covers: ``"token"`` (of a convolution's input, a sample) or ``"tensor"``.
     """
 
     scheme: str
@@ -32,10 +33,14 @@ class TensorFormat:
     axis: int | None = None
     group_size: int | None = None
     dynamic: bool = False
+    dynamic_range: str = "token"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self) | {"scheme": str(self.scheme)}
+        """Return plain JSON values, from which ``TensorFormat(**values)`` makes the same format."""
+        values = asdict(self) | {"scheme": str(self.scheme)}
+        if self.dynamic_range == "token":  # as before there was a choice
+            del values["dynamic_range"]
+        return values
 
 
 class Scheme(ABC):
@@ -52,6 +57,24 @@ class Scheme(ABC):
     @abstractmethod
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
         """Quantize and dequantize ``x``, with a straight-through gradient."""
+
+    def fake_quantize_through(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat, *, covered: bool = False
+    ) -> Tensor:
+        """Do what :meth:`fake_quantize` does to an ordinary tensor in eager mode, with a gradient for ``x`` alone.
+
+        ``covered`` says that the range is known to hold every element of ``x``.
+        """
+        return self.fake_quantize(x, scale, zero_point, fmt)
+
+    def fake_quantize_gradient(
+        self, grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat
+    ) -> Tensor:
+        """Return the gradient of ``x`` that :meth:`fake_quantize` has where its result has ``grad``."""
+        with torch.enable_grad():
+            source = x.detach().requires_grad_()
+            result = self.fake_quantize(source, scale, zero_point, fmt)
+        return torch.autograd.grad(result, source, grad)[0]
 
     @abstractmethod
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:

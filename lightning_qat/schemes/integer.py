@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine
-from lightning_qat.ops.fake_quantize import fake_quantize
+from lightning_qat.ops.fake_quantize import fake_quantize, fake_quantize_backward_op, quant_range
+from lightning_qat.ops.layout import resolve_layout
 from lightning_qat.ops.packing import pack_bits, unpack_bits
+from lightning_qat.ops.straight_through import fake_quantize_through
 from lightning_qat.schemes.base import Scheme, TensorFormat, _register
 
 
@@ -36,6 +38,24 @@ class IntegerScheme(Scheme):
             axis=fmt.axis,
             group_size=fmt.group_size,
         )
+
+    def fake_quantize_through(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat, *, covered: bool = False
+    ) -> Tensor:
+        if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
+            return self.fake_quantize(x, scale, zero_point, fmt)
+        zero = None if fmt.symmetric else zero_point
+        axis, group = resolve_layout(x, scale, zero, fmt.axis, fmt.group_size)
+        grid = quant_range(fmt.bits, fmt.symmetric)
+        return fake_quantize_through(x, scale, zero, *grid, axis, group, covered=covered)
+
+    def fake_quantize_gradient(
+        self, grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat
+    ) -> Tensor:
+        zero = None if fmt.symmetric else zero_point
+        axis, group = resolve_layout(x, scale, zero, fmt.axis, fmt.group_size)
+        grid = quant_range(fmt.bits, fmt.symmetric)
+        return fake_quantize_backward_op(grad, x, scale, zero, *grid, axis, group, [True, False, False])[0]
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
         return quantize_affine(
