@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from torch import nn
+
+from lightning_qat.validation import (
+    Step,
+    check_bool,
+    check_choice,
+    check_fraction,
+    check_int,
+    check_step,
+)
+from lightning_qat.validation import epochs_of as epochs_of  # for who has the configs already
+from lightning_qat.validation import nearest_first as nearest_first
 
 if TYPE_CHECKING or sys.version_info < (3, 11):
     from enum import Enum
@@ -20,9 +29,6 @@ if TYPE_CHECKING or sys.version_info < (3, 11):
         __str__ = str.__str__
 else:
     from enum import StrEnum
-
-#: An optimizer step (``1000``), a fraction of the run (``0.3``), epochs (``"3 epochs"``).
-Step: TypeAlias = Union[int, float, str]
 
 
 class QuantizationScheme(StrEnum):
@@ -52,6 +58,9 @@ _SCHEME_BITS: dict[str, tuple[int, int, int]] = {
     "awq": (4, 2, 8),
 }
 
+#: What one range found at run time covers: a token (a sample, for convolutions) or the whole input.
+DYNAMIC_RANGES = ("token", "tensor")
+
 OBSERVER_NAMES = ("min_max", "moving_average", "percentile", "histogram", "mse")
 
 
@@ -60,40 +69,6 @@ class _Unset(int):
 
 
 _DEFAULT_BITS = _Unset(8)
-
-
-def nearest_first(name: str, known: Iterable[str]) -> list[str]:
-    """Return ``known`` with the names most like ``name`` first."""
-    return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, str(name).lower(), k.lower()).ratio())
-
-
-def check_choice(field_name: str, value: Any, known: Collection[str]) -> str:
-    """Return ``value`` if it is one of ``known``; raise ``ValueError`` listing them, nearest first."""
-    if isinstance(value, str) and str(value) in known:
-        return str(value)
-    listed = ", ".join(repr(n) for n in nearest_first(str(value), known))
-    raise ValueError(f"{field_name}={value!r} is not known; use one of: {listed}")
-
-
-def check_int(field_name: str, value: Any, lowest: int, highest: int | None = None) -> int:
-    """Return ``value`` if it is an integer in ``[lowest, highest]``; raise ``ValueError`` otherwise."""
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    if is_int and value >= lowest and (highest is None or value <= highest):
-        return int(value)
-    allowed = f"from {lowest} to {highest}" if highest is not None else f"of {lowest} or more"
-    raise ValueError(f"{field_name}={value!r} is not allowed; use an integer {allowed}")
-
-
-def _check_bool(field_name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{field_name}={value!r} is not allowed; use True or False")
-
-
-def _check_fraction(field_name: str, value: Any, *, include_one: bool) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    end = "1]" if include_one else "1)"
-    if not is_number or not 0 <= value <= 1 or (value == 1 and not include_one):
-        raise ValueError(f"{field_name}={value!r} is not allowed; use a number in [0, {end}")
 
 
 def _scheme_bits(scheme: Any, bits: int | None) -> tuple[str, int]:
@@ -105,24 +80,6 @@ def _scheme_bits(scheme: Any, bits: int | None) -> tuple[str, int]:
         span = str(fewest) if fewest == most else f"{fewest} to {most}"
         raise ValueError(f"bits={bits!r} is not allowed with scheme={name!r}; it takes {span}")
     return name, int(bits)
-
-
-_EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*")
-
-
-def epochs_of(step: Step) -> float | None:
-    """Return the number of epochs in ``"3 epochs"``, or None for a step or a fraction."""
-    return float(m.group(1)) if isinstance(step, str) and (m := _EPOCHS.fullmatch(step)) else None
-
-
-def check_step(field_name: str, step: Any) -> Step:
-    """Return ``step`` if it is a step, a fraction of the run or epochs; raise ``ValueError`` otherwise."""
-    is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-    is_fraction = isinstance(step, float) and 0.0 <= step <= 1.0
-    if is_step or is_fraction or epochs_of(step) is not None:
-        return step
-    ways = "an optimizer step (1000), a fraction of the run (0.3) or epochs ('3 epochs')"
-    raise ValueError(f"{field_name}={step!r} is not allowed; use {ways}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +110,8 @@ class BitsAndBytesConfig:
         if self.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
             raise ValueError(f"block_size={self.block_size!r} is not allowed; use a power of two from 32 to 4096")
         for name in ("dynamic_tree", "stochastic", "nested_quantization"):
-            _check_bool(name, getattr(self, name))
-        _check_fraction("outlier_threshold", self.outlier_threshold, include_one=True)
+            check_bool(name, getattr(self, name))
+        check_fraction("outlier_threshold", self.outlier_threshold, include_one=True)
         check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
 
 
@@ -164,7 +121,7 @@ class QuantizationConfig:
 
     Args:
         scheme: a :class:`QuantizationScheme` or the name of a registered custom scheme. ``"dynamic"``
-            derives the range of every token at run time.
+            finds ranges at run time.
         bits: 2 to 16 for integers; None means the scheme's own.
         symmetric: codes around zero; asymmetric ones are ``0 .. 2**bits - 1`` with an integer zero point.
         per_channel: one scale for each output channel instead of one for the tensor.
@@ -175,6 +132,8 @@ class QuantizationConfig:
             ``"histogram"`` or ``"mse"``; None means ``"min_max"`` for a weight and
             ``"moving_average"`` for an activation.
         observer_momentum: the moving average is ``m * old + (1 - m) * new``.
+        dynamic_range: what a range found at run time covers: ``"token"`` (of a convolution's input, a sample) or
+            ``"tensor"``, the whole input of a call; for the scheme ``"dynamic"``.
     """
 
     scheme: str = "int8"
@@ -187,13 +146,14 @@ class QuantizationConfig:
     bnb: BitsAndBytesConfig | None = None
     observer: str | None = None
     observer_momentum: float = 0.99
+    dynamic_range: str = "token"
 
     def __post_init__(self) -> None:
         name, bits = _scheme_bits(self.scheme, self.bits)
         object.__setattr__(self, "scheme", QuantizationScheme._value2member_map_.get(name, name))
         object.__setattr__(self, "bits", bits)
-        _check_bool("symmetric", self.symmetric)
-        _check_bool("per_channel", self.per_channel)
+        check_bool("symmetric", self.symmetric)
+        check_bool("per_channel", self.per_channel)
         for name in ("group_size", "calibration_samples"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
@@ -201,7 +161,12 @@ class QuantizationConfig:
             raise ValueError(f"bnb={self.bnb!r} is not allowed; use a BitsAndBytesConfig or None")
         if self.observer is not None:
             check_choice("observer", self.observer, OBSERVER_NAMES)
-        _check_fraction("observer_momentum", self.observer_momentum, include_one=False)
+        check_fraction("observer_momentum", self.observer_momentum, include_one=False)
+        if check_choice("dynamic_range", self.dynamic_range, DYNAMIC_RANGES) == "tensor" and not self.dynamic:
+            raise ValueError(
+                f"dynamic_range='tensor' is not allowed with scheme={str(self.scheme)!r}, whose ranges are not found "
+                "at run time; use scheme='dynamic'"
+            )
 
     @property
     def dynamic(self) -> bool:
@@ -224,7 +189,8 @@ class QATConfig:
         observer_momentum: of the activations' moving average, ``m * old + (1 - m) * new``.
         activation_bits: bits of the activations; None means weight-only.
         activation_symmetric: symmetric activations.
-        activation_dynamic: find the range of every token at run time instead of a calibrated one.
+        activation_dynamic: find ranges at run time instead of calibrated ones: ``"token"``, which True means too,
+            finds one for each token and ``"tensor"`` one for the whole input of a layer.
         group_size: weights of an output channel that share a scale.
         weight_observer, activation_observer: how ranges are found.
         fold_batchnorm: fold BatchNorm that directly follows a layer into it on conversion.
@@ -243,7 +209,7 @@ class QATConfig:
     observer_momentum: float = 0.99
     activation_bits: int | None = 8
     activation_symmetric: bool = False
-    activation_dynamic: bool = False
+    activation_dynamic: bool | str = False
     group_size: int | None = None
     weight_observer: str = "min_max"
     activation_observer: str = "moving_average"
@@ -263,8 +229,14 @@ class QATConfig:
             check_step("freeze_step", self.freeze_step)
         if self.activation_bits is not None:
             check_int("activation_bits", self.activation_bits, 2, 16)
-        for name in ("learnable_step_size", "activation_symmetric", "activation_dynamic", "fold_batchnorm"):
-            _check_bool(name, getattr(self, name))
+        for name in ("learnable_step_size", "activation_symmetric", "fold_batchnorm"):
+            check_bool(name, getattr(self, name))
+        if self.activation_dynamic not in DYNAMIC_RANGES and not isinstance(self.activation_dynamic, bool):
+            raise ValueError(
+                f"activation_dynamic={self.activation_dynamic!r} is not allowed; use True or False, 'token' or 'tensor'"
+            )
+        if self.activation_dynamic == "token":
+            object.__setattr__(self, "activation_dynamic", True)
         check_choice("weight_observer", self.weight_observer, OBSERVER_NAMES)
         check_choice("activation_observer", self.activation_observer, OBSERVER_NAMES)
         self.weight_config()
@@ -291,6 +263,7 @@ class QATConfig:
             symmetric=self.activation_symmetric,
             observer=None if self.activation_dynamic else self.activation_observer,
             observer_momentum=self.observer_momentum,
+            dynamic_range="tensor" if self.activation_dynamic == "tensor" else "token",
         )
 
 
@@ -298,6 +271,7 @@ class QATConfig:
 PRESETS: dict[str, QATConfig] = {
     "int8": QATConfig("int8", per_channel=True),
     "int8_dynamic": QATConfig("int8", per_channel=True, activation_dynamic=True, activation_symmetric=True),
+    "int8_dynamic_per_tensor": QATConfig("int8", per_channel=True, activation_dynamic="tensor"),
     "int8_weight_only": QATConfig("int8", per_channel=True, activation_bits=None),
     "w4a8": QATConfig("int4", per_channel=True),
     "w4a16": QATConfig("int4", group_size=128, activation_bits=None),

@@ -111,6 +111,9 @@ def test_configs_are_frozen(config: Any) -> None:
         (QATConfig, "activation_bits", 1, "from 2 to 16"),
         (QATConfig, "activation_symmetric", 0, "True or False"),
         (QATConfig, "activation_dynamic", 0, "True or False"),
+        (QATConfig, "activation_dynamic", "row", "'token' or 'tensor'"),
+        (QuantizationConfig, "dynamic_range", "row", "'token', 'tensor'"),
+        (QuantizationConfig, "dynamic_range", "tensor", "scheme='dynamic'"),
         (QATConfig, "group_size", -8, "1 or more"),
         (QATConfig, "weight_observer", "mse_", "'mse'"),
         (QATConfig, "activation_observer", "average", "'moving_average'"),
@@ -169,12 +172,24 @@ def test_parts_of_a_qat_config() -> None:
     assert dynamic.dynamic
 
 
+def test_what_a_range_found_at_run_time_covers() -> None:
+    assert QATConfig(activation_dynamic="token") == QATConfig(activation_dynamic=True)
+    for dynamic, covered in ((True, "token"), ("token", "token"), ("tensor", "tensor")):
+        activation = QATConfig(activation_dynamic=dynamic).activation_config()
+        assert activation == QuantizationConfig("dynamic", symmetric=False, dynamic_range=covered)
+    static = QATConfig().activation_config()
+    assert static is not None
+    assert not static.dynamic
+
+
 def test_presets() -> None:
     assert {"int8", "int8_dynamic", "int8_weight_only", "w4a8", "w4a16", "w4a4"} <= set(PRESETS)
     int8 = PRESETS["int8"]
     assert (int8.bits, int8.per_channel, int8.symmetric) == (8, True, True)
     assert (int8.activation_bits, int8.activation_symmetric) == (8, False)
     assert PRESETS["int8_dynamic"].activation_dynamic
+    per_tensor = PRESETS["int8_dynamic_per_tensor"]
+    assert (per_tensor.activation_dynamic, per_tensor.activation_symmetric) == ("tensor", False)
     assert PRESETS["int8_weight_only"].activation_bits is None
     assert (PRESETS["w4a16"].group_size, PRESETS["w4a16"].activation_bits) == (128, None)
     assert (PRESETS["w4a4"].bits, PRESETS["w4a4"].activation_bits) == (4, 4)

@@ -77,13 +77,15 @@ class Observer(QuantizationState):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Learn from ``x``, of any shape and any real dtype. An empty tensor is ignored."""
-        if x.numel() == 0:
-            return
-        x = x.detach()
-        low, high = self._extremes(x)
+        if x.numel():
+            self._learn(x.detach(), *self.batch_extremes(x))
+
+    def batch_extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the extremes of ``x``, not empty, without learning from it; ``ValueError`` as from ``update``."""
+        low, high = self._extremes(x.detach())
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             self._raise_if_not_finite(low, high)
-        self._learn(x, low, high)
+        return low, high
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.num_channels is None:

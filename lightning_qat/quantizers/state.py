@@ -35,3 +35,26 @@ class QuantizationState(KeepsDtype):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Be fresh: sharded strategies call this on modules made on the meta device, after ``to_empty``."""
+        reset = getattr(self, "reset", None)
+        if reset is not None:
+            reset()
+
+
+def check_same_format(whose: str, trained: dict[str, Any] | None, prepared: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if a quantizer's state is of another format than the model is prepared with.
+
+    Its tensors may have the same shapes and would be read otherwise. Bits may differ: they change while training.
+
+    Args:
+        whose: names the quantizer.
+        trained: the format in the state; None in checkpoints before it was saved.
+        prepared: the format now.
+    """
+    if trained is not None and {**trained, "bits": 0} != {**prepared, "bits": 0}:
+        raise ValueError(
+            f"the {whose} was trained as {trained} and the model is prepared with {prepared}; prepare it with the plan "
+            "of the checkpoint"
+        )

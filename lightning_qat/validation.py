@@ -1,0 +1,65 @@
+"""Checks of single values: each names the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+from typing import Any, TypeAlias, Union
+
+#: An optimizer step (``1000``), a fraction of the run (``0.3``), epochs (``"3 epochs"``).
+Step: TypeAlias = Union[int, float, str]
+
+
+def nearest_first(name: str, known: Iterable[str]) -> list[str]:
+    """Return ``known`` with the names most like ``name`` first."""
+    return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, str(name).lower(), k.lower()).ratio())
+
+
+def check_choice(field_name: str, value: Any, known: Collection[str]) -> str:
+    """Return ``value`` if it is one of ``known``; raise ``ValueError`` listing them, nearest first."""
+    if isinstance(value, str) and str(value) in known:
+        return str(value)
+    listed = ", ".join(repr(n) for n in nearest_first(str(value), known))
+    raise ValueError(f"{field_name}={value!r} is not known; use one of: {listed}")
+
+
+def check_int(field_name: str, value: Any, lowest: int, highest: int | None = None) -> int:
+    """Return ``value`` if it is an integer in ``[lowest, highest]``; raise ``ValueError`` otherwise."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if is_int and value >= lowest and (highest is None or value <= highest):
+        return int(value)
+    allowed = f"from {lowest} to {highest}" if highest is not None else f"of {lowest} or more"
+    raise ValueError(f"{field_name}={value!r} is not allowed; use an integer {allowed}")
+
+
+def check_bool(field_name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{field_name}={value!r} is not allowed; use True or False")
+
+
+def check_fraction(field_name: str, value: Any, *, include_one: bool) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number in ``[0, 1)``, or ``[0, 1]`` with ``include_one``."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    end = "1]" if include_one else "1)"
+    if not is_number or not 0 <= value <= 1 or (value == 1 and not include_one):
+        raise ValueError(f"{field_name}={value!r} is not allowed; use a number in [0, {end}")
+
+
+_EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*")
+
+
+def epochs_of(step: Step) -> float | None:
+    """Return the number of epochs in ``"3 epochs"``, or None for a step or a fraction."""
+    return float(m.group(1)) if isinstance(step, str) and (m := _EPOCHS.fullmatch(step)) else None
+
+
+def check_step(field_name: str, step: Any) -> Step:
+    """Return ``step`` if it is a step, a fraction of the run or epochs; raise ``ValueError`` otherwise."""
+    is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+    is_fraction = isinstance(step, float) and 0.0 <= step <= 1.0
+    if is_step or is_fraction or epochs_of(step) is not None:
+        return step
+    ways = "an optimizer step (1000), a fraction of the run (0.3) or epochs ('3 epochs')"
+    raise ValueError(f"{field_name}={step!r} is not allowed; use {ways}")
