@@ -10,11 +10,15 @@ from lightning_qat.transforms.checkpoint import (
     save_quantized,
 )
 from lightning_qat.transforms.convert import convert
+from lightning_qat.transforms.float_checkpoint import float_checkpoint
 from lightning_qat.transforms.parity import check_parity
 from lightning_qat.transforms.phase import Phase, apply_phase, set_bits
 from lightning_qat.transforms.prepare import prepare
+from lightning_qat.transforms.ranges import defer_ranges, update_ranges
+from lightning_qat.transforms.statistics import LayerStatistics, quantization_statistics
 
 __all__ = [
+    "LayerStatistics",
     "ParityError",
     "ParityReport",
     "Phase",
@@ -24,11 +28,15 @@ __all__ = [
     "calibrate",
     "check_parity",
     "convert",
+    "defer_ranges",
+    "float_checkpoint",
     "float_state_dict",
     "load_quantized",
     "parity_report",
     "prepare",
+    "quantization_statistics",
     "read_certificate",
     "save_quantized",
     "set_bits",
+    "update_ranges",
 ]

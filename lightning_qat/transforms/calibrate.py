@@ -12,24 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
+from lightning_qat.quantizers.batch_range import merge_histograms
 from lightning_qat.transforms.fuse import watch_folds
 from lightning_qat.transforms.prepare import qat_layers
+from lightning_qat.transforms.ranges import deferred_ranges, share_of_samples, static_quantizers, update_ranges
+from lightning_qat.transforms.readers import watch_readers
 
 logger = logging.getLogger(__name__)
 
 
-def static_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
-    """Return the quantizers of ``model`` that need a calibrated range."""
-    inputs = (layer.input_quantizer for _, layer in qat_layers(model))
-    return [quantizer for quantizer in inputs if quantizer is not None and quantizer.observer is not None]
-
-
 @contextlib.contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module, *, across_ranks: bool = False) -> Iterator[None]:
     """Observe every forward run inside, in evaluation mode; ranges are set on leaving.
 
     Ranges learned before are forgotten, unless it fails. The training mode of every module is put back.
+    With ``across_ranks`` they are those of all ranks, provided that each calls ``update_ranges`` after each batch.
     """
     quantizers = static_quantizers(model)
     modes = {module: module.training for module in model.modules()}
@@ -41,10 +38,13 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         for quantizer in quantizers:
             quantizer.reset()
             quantizer.calibrating = True
+            quantizer.most_samples = share_of_samples(quantizer.config.calibration_samples, across_ranks=across_ranks)
         for quantizer_ in weights:
             quantizer_.quantizing = False
         with torch.no_grad():
             yield
+        if across_ranks:
+            merge_histograms([quantizer.observer for quantizer in quantizers if quantizer.observer is not None])
         for quantizer in quantizers:
             if quantizer.calibrated:
                 quantizer.refresh()
@@ -78,7 +78,11 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    across_ranks: bool = False,
 ) -> nn.Module:
     """Set the activation ranges of a prepared model from batches of data.
 
@@ -89,6 +93,8 @@ def calibrate(
         model: a prepared model.
         batches: an iterable of tensors, tuples of positional or dicts of keyword arguments.
         forward: called as ``forward(model, batch)`` instead, for anything else.
+        across_ranks: every rank of ``torch.distributed`` calls this with as many batches of its own, and all get
+            the same ranges. A Trainer's calibration does so by itself.
 
     Returns:
         ``model``.
@@ -103,9 +109,11 @@ def calibrate(
     first = list(itertools.islice(iterator, 1))
     if not first:  # found out before the ranges learned earlier are forgotten
         raise ValueError("calibration got no batch; give calibrate(model, batches) at least one")
-    with torch.compiler.set_stance("force_eager"), calibrating(model):
-        with watch_folds(model):
-            run(model, first.pop())
-        for batch in iterator:
-            run(model, batch)
+    learning = deferred_ranges(model) if across_ranks else contextlib.nullcontext()
+    with torch.compiler.set_stance("force_eager"), learning, calibrating(model, across_ranks=across_ranks):
+        for batch in itertools.chain(first, iterator):
+            with watch_readers(model), watch_folds(model):
+                run(model, batch)
+            if across_ranks:
+                update_ranges(model, across_ranks=True)
     return model

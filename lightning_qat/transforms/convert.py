@@ -12,10 +12,12 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_qat.nn import FoldedBatchNorm, QATLayer
+from lightning_qat.nn import FoldedBatchNorm, QATLayer, QuantizedConv2d, QuantizedLinear, keep_codes_inside
+from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import make_quantized, unmake_qat
 from lightning_qat.nn.norm import norm_factor_and_shift
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
+from lightning_qat.quantizers.sharded import is_sharded
 from lightning_qat.schemes import TensorFormat, get_scheme
 from lightning_qat.transforms.fuse import trace_folds
 from lightning_qat.transforms.prepare import _PLAN, copy_model, leave_fast_paths, qat_layers
@@ -27,6 +29,13 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def _copy_without_weights(model: ModelT) -> ModelT:
     """Deep-copy ``model``; weights that only prepared layers own are not copied, they become codes."""
+    for name, tensor in model.named_parameters():
+        if is_sharded(tensor):
+            raise RuntimeError(
+                f"{name!r} is sharded over ranks, so no rank holds the model to convert; save a whole checkpoint with "
+                "ModelParallelStrategy(save_distributed_checkpoint=False), then prepare(module, plan), "
+                "module.load_state_dict(torch.load(path)['state_dict']) and convert(module) in one process"
+            )
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -115,8 +124,8 @@ def _input_tensors(
 
 
 def _float_weight(layer: QATLayer) -> Tensor:
-    """Return the weight that the layer computes with; detaches pruning and parametrizations."""
-    weight = layer.weight.detach()
+    """Return the weight that an evaluation of the layer computes with."""
+    weight = weight_now(layer).detach()
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         index = torch.arange(weight.shape[0], device=weight.device)
         weight = torch.embedding_renorm_(weight.clone(), index, layer.max_norm, layer.norm_type)
@@ -124,9 +133,10 @@ def _float_weight(layer: QATLayer) -> Tensor:
 
 
 def _strip_reparametrization(layer: nn.Module) -> None:
-    """Replace computed tensors of a copied layer by their values."""
+    """Replace computed tensors of a copied layer, or of its BatchNorm, by their values as they are now."""
     if parametrize.is_parametrized(layer):
         # ``remove_parametrizations`` deletes the property from the class, which the original shares.
+        layer.eval()
         values = {name: getattr(layer, name).detach() for name in layer.parametrizations}  # type: ignore[union-attr]
         layer.__class__ = type(layer).__bases__[0]
         del layer._modules["parametrizations"]
@@ -137,8 +147,8 @@ def _strip_reparametrization(layer: nn.Module) -> None:
             remove_weight_norm(layer, hook.name)
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(layer, hook.name)
-    if prune.is_pruned(layer) and hasattr(layer, "weight_orig"):
-        prune.remove(layer, "weight")
+        elif isinstance(hook, prune.BasePruningMethod):
+            prune.remove(layer, hook._tensor_name)
 
 
 def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
@@ -149,10 +159,11 @@ def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
     fmt = quantizer.format
     codes = get_scheme(fmt.scheme).quantize(weight, scale, zero_point, fmt)
     input_format, tensors = _input_tensors(layer.input_quantizer, name)
-    axis = layer.channel_axis
+    axis, feeds_one_layer = layer.channel_axis, bool(quantizer.feeds_one_layer)
     unmake_qat(layer)
     _strip_reparametrization(layer)
     if norm is not None:
+        _strip_reparametrization(norm)
         factor, shift = norm_factor_and_shift(norm, layer.bias)  # type: ignore[arg-type]
         codes, scale, zero_point, fmt = _fold_into_codes(codes, scale, zero_point, factor, fmt, axis)
         layer.register_parameter("bias", nn.Parameter(shift.to(weight.dtype), requires_grad=False))
@@ -162,7 +173,7 @@ def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
         tensors["weight_zero_point"] = None
     if input_format is not None and input_format.symmetric:
         tensors["input_zero_point"] = None
-    make_quantized(layer, fmt, input_format, tensors, weight.shape, weight.dtype)
+    make_quantized(layer, fmt, input_format, tensors, weight.shape, weight.dtype, feeds_one_layer=feeds_one_layer)
 
 
 def drop_norm(norm: nn.Module) -> None:
@@ -207,6 +218,7 @@ def convert(
         if norm is not None and not isinstance(norm, FoldedBatchNorm):
             drop_norm(norm)
     leave_fast_paths(converted)
+    keep_codes_inside(converted, QuantizedConv2d, (QuantizedConv2d, QuantizedLinear))
     converted.eval()
     if verify is not None:
         from lightning_qat.transforms.parity import certify  # the gate stands on conversion

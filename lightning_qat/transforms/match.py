@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qat.config import LayerRule, QuantizationConfig, QuantizationPlan, nearest_first
 from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import supported_class
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if supported_class(type(module)) is None or isinstance(module, (QATLayer, QuantizedLayer)):
             continue
-        weight = getattr(module, "weight", None)
+        weight: Any = weight_now(module)
         if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
             continue  # already quantized by another library
         if id(module) in skipped:

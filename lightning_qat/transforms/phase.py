@@ -7,10 +7,14 @@ import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.config import nearest_first
+from lightning_qat.nn.computed_weight import weight_now
+from lightning_qat.quantizers.kept_weight import KeptWeight
+from lightning_qat.quantizers.sharded import is_sharded
 from lightning_qat.transforms.prepare import qat_layers
 
 
@@ -46,10 +50,12 @@ def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Module]:
     for name, layer in qat_layers(model):
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         sets_bits = fnmatch.fnmatchcase(name, phase.bits_match)
-        if phase.weight_bits is not None and sets_bits:
-            weight.set_bits(phase.weight_bits, layer.weight)
+        # A weight may be computed when it is read: only where something changes.
+        if phase.weight_bits is not None and sets_bits and phase.weight_bits != weight.bits:
+            weight.set_bits(phase.weight_bits, weight_now(layer))
         weight.quantizing = phase.quantizing
-        weight.set_frozen(phase.frozen, layer.weight)
+        if phase.frozen != weight.frozen:
+            weight.set_frozen(phase.frozen, weight_now(layer))
         if activation is not None:
             if phase.activation_bits is not None and sets_bits:
                 activation.set_bits(phase.activation_bits)
@@ -62,6 +68,16 @@ def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Module]:
     for norm in norms:
         norm.eval()
     return norms
+
+
+def restore_bits(model: nn.Module, match: str = "*", *, weights: bool = True, activations: bool = True) -> None:
+    """Give the layers whose names ``match`` the bits of their plan back; scales are derived again."""
+    for name, layer in qat_layers(model):
+        weight, activation = layer.weight_quantizer, layer.input_quantizer
+        if weights and fnmatch.fnmatchcase(name, match):
+            weight.set_bits(int(weight.config.bits or 8), layer.weight)
+        if activations and activation is not None and fnmatch.fnmatchcase(name, match):
+            activation.set_bits(int(activation.config.bits or 8))
 
 
 @contextlib.contextmanager
@@ -77,6 +93,29 @@ def float_forward(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, flag in zip(quantizers, flags, strict=True):
             quantizer.quantizing = flag
+
+
+@torch.no_grad()
+def follow_weights(model: nn.Module) -> None:
+    """Derive weight scales that stand still from the weights as they are now: other weights were put in."""
+    for _, layer in qat_layers(model):
+        if layer.weight_quantizer.frozen:
+            layer.weight_quantizer.set_frozen(False, layer.weight)
+            layer.weight_quantizer.set_frozen(True, weight_now(layer))
+
+
+def keep_quantized_weights(model: nn.Module, keep: bool) -> None:
+    """Let the layers of a prepared ``model`` keep their fake-quantized weights from now on, or drop them.
+
+    Numbers stay the same, and each weight is fake-quantized once instead of in every forward. It costs the memory
+    of the weights. Keep them only while nobody changes weights through ``parameter.data``, which is not counted:
+    between two optimizer steps, or during an evaluation.
+    """
+    for _, layer in qat_layers(model):
+        if not keep or is_sharded(layer._parameters.get("weight")):  # kept, the parts of all ranks would be on each
+            layer.weight_quantizer.kept = None
+        elif layer.weight_quantizer.kept is None:
+            layer.weight_quantizer.kept = KeptWeight()
 
 
 def set_bits(model: nn.Module, bits: int, match: str = "*", *, activations: bool = False) -> None:
@@ -101,6 +140,6 @@ def set_bits(model: nn.Module, bits: int, match: str = "*", *, activations: bool
     for name in hits:
         layer = layers[name]
         if not activations:
-            layer.weight_quantizer.set_bits(bits, layer.weight)
+            layer.weight_quantizer.set_bits(bits, weight_now(layer))
         elif layer.input_quantizer is not None:
             layer.input_quantizer.set_bits(bits)

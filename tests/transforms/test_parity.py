@@ -328,7 +328,7 @@ def test_convert_verifies_on_request(monkeypatch):
     compiled = torch.compile(model, backend="eager")
     assert lq.parity_report(lq.convert(compiled, [(x, 1)], forward=lambda m, batch: m(batch[0]))).batches == 1
 
-    def spoiled(layer, *args):
+    def spoiled(layer, *args, **kwargs):
         make_quantized(layer, *args)
         layer.weight_scale *= 1.1
 
