@@ -39,6 +39,7 @@ from lightning_qat.quantizers.observers import (
     PercentileObserver,
 )
 from lightning_qat.transforms import (
+    LayerStatistics,
     ParityError,
     ParityReport,
     Phase,
@@ -47,13 +48,17 @@ from lightning_qat.transforms import (
     calibrate,
     check_parity,
     convert,
+    defer_ranges,
+    float_checkpoint,
     float_state_dict,
     load_quantized,
     parity_report,
     prepare,
+    quantization_statistics,
     read_certificate,
     save_quantized,
     set_bits,
+    update_ranges,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +69,9 @@ if TYPE_CHECKING:
         ObserverCalibration,
         ProgressiveBitReduction,
         QuantizationAwareTraining,
+        QuantizationGap,
+        QuantizationMonitor,
+        QuantizedModelCheckpoint,
     )
     from lightning_qat.metrics import quantization_error, sqnr
 
@@ -77,6 +85,9 @@ _LAZY = {
     "ObserverCalibration": "callbacks",
     "ProgressiveBitReduction": "callbacks",
     "QuantizationAwareTraining": "callbacks",
+    "QuantizationGap": "callbacks",
+    "QuantizationMonitor": "callbacks",
+    "QuantizedModelCheckpoint": "callbacks",
     "quantization_error": "metrics",
     "sqnr": "metrics",
 }
@@ -96,6 +107,7 @@ __all__ = [
     "FreezeQuantization",
     "HistogramObserver",
     "LayerRule",
+    "LayerStatistics",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageObserver",
@@ -115,6 +127,8 @@ __all__ = [
     "QATLinear",
     "QuantizationAwareTraining",
     "QuantizationConfig",
+    "QuantizationGap",
+    "QuantizationMonitor",
     "QuantizationPlan",
     "QuantizationScheme",
     "QuantizedConv1d",
@@ -124,19 +138,24 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedFileError",
     "QuantizedLinear",
+    "QuantizedModelCheckpoint",
     "apply_phase",
     "calibrate",
     "check_parity",
     "convert",
+    "defer_ranges",
     "fake_quantize",
+    "float_checkpoint",
     "float_state_dict",
     "fold_bn_into_conv",
     "load_quantized",
     "parity_report",
     "prepare",
     "quantization_error",
+    "quantization_statistics",
     "read_certificate",
     "save_quantized",
     "set_bits",
     "sqnr",
+    "update_ranges",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,39 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 if TYPE_CHECKING:
     import wandb
+
+
+def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Keep a table where ``logger`` can: in W&B, as text in TensorBoard, as ``<name>.csv`` beside ``metrics.csv``.
+
+    Other loggers get nothing.
+
+    Args:
+        logger: of a Trainer; called on rank 0.
+        name: of the table.
+        rows: dicts with the same keys, whose values are numbers, strings or None.
+        step: that the numbers belong to.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    data = [[row.get(column) for column in columns] for row in rows]
+    # By what they offer, not by class: they may be loggers of ``pytorch_lightning``.
+    if hasattr(logger, "log_table"):
+        logger.log_table(key=name, columns=columns, data=data)
+        return
+    experiment = getattr(logger, "experiment", None)
+    metrics_file = getattr(experiment, "metrics_file_path", None)
+    if metrics_file is not None and "://" not in metrics_file:
+        path = Path(metrics_file).with_name(f"{name.replace('/', '_')}.csv")
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *data])
+    elif experiment is not None and hasattr(experiment, "add_text"):
+        lines: list[list[Any]] = [columns, ["---"] * len(columns), *data]
+        text = "\n".join(f"| {' | '.join(_shown(value) for value in line)} |" for line in lines)
+        experiment.add_text(name, text, step)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class Tracker:

@@ -22,6 +22,8 @@ from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.transforms.calibrate import calibrating
 from lightning_qat.transforms.fuse import watch_folds
 from lightning_qat.transforms.phase import float_forward
+from lightning_qat.transforms.ranges import agree_on_structure, deferred_ranges, update_ranges
+from lightning_qat.transforms.readers import watch_readers
 
 
 class _InertOptimizer:
@@ -73,11 +75,17 @@ def inert_steps(module: pl.LightningModule) -> Iterator[None]:
 @contextlib.contextmanager
 def without_effects(module: pl.LightningModule) -> Iterator[None]:
     """Let the module's steps run without logging, optimizing, counting in metrics or changing anything on the side."""
+    with state_kept(module), inert_steps(module):
+        yield
+
+
+@contextlib.contextmanager
+def state_kept(module: pl.LightningModule) -> Iterator[None]:
+    """Put back, on leaving, metrics, buffers and attributes of the module; logging and optimizing stay as they are."""
     state = _module_state(module)
     metrics = [(m, m._copy_state_dict(), m._update_count) for m in module.modules() if isinstance(m, Metric)]
     try:
-        with inert_steps(module):
-            yield
+        yield
     finally:
         for before in state:
             before.put_back()
@@ -203,7 +211,7 @@ def run_calibration(
     """Run training batches through ``module`` before training, in evaluation mode and without gradients.
 
     The random state, the loaders' generators, metrics, logs, optimizers and BatchNorm statistics are as
-    they were afterwards. Returns the number of batches.
+    they were afterwards. Ranks learn from all their batches, as one would. Returns the number of batches.
 
     Args:
         trainer: between the start of training and the first batch.
@@ -212,19 +220,23 @@ def run_calibration(
         forward: called as ``forward(module, batch)`` instead of ``training_step``.
         observe: learn ranges; False only decides which BatchNorm is folded.
     """
-    done = 0
+    done, across_ranks = 0, trainer.world_size > 1
     with contextlib.ExitStack() as stack:
         stack.enter_context(isolate_rng())
         stack.enter_context(generators_kept(trainer.train_dataloader))
         stack.enter_context(without_effects(module))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(calibrating(module) if observe else _evaluating(module))
+        stack.enter_context(deferred_ranges(module))
+        stack.enter_context(calibrating(module, across_ranks=across_ranks) if observe else _evaluating(module))
         stack.enter_context(trainer.precision_plugin.train_step_context())
         loaders: Any = trainer.fit_loop._combined_loader
         for batch, index in batches_of(trainer, loaders, int(min(batches, trainer.num_training_batches))):
-            with watch_folds(module):
+            with watch_readers(module), watch_folds(module):
                 _step(module, batch, index) if forward is None else forward(module, batch)
+            update_ranges(module, across_ranks=across_ranks)
             done += 1
+        if across_ranks:
+            agree_on_structure(module)
     if observe and not done:
         raise ValueError("ObserverCalibration got no batch from the training loader; check limit_train_batches")
     return done

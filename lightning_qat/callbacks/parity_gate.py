@@ -9,13 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from lightning_qat.callbacks.both_lightnings import in_both, own_class
 from lightning_qat.callbacks.calibration_run import (
     batches_of,
     call_step,
@@ -23,14 +23,14 @@ from lightning_qat.callbacks.calibration_run import (
     inert_steps,
     without_effects,
 )
-from lightning_qat.transforms.calibrate import static_quantizers
 from lightning_qat.transforms.certificate import ParityReport
 from lightning_qat.transforms.convert import convert
 from lightning_qat.transforms.parity import check_parity
 from lightning_qat.transforms.prepare import qat_layers
+from lightning_qat.transforms.ranges import static_quantizers
 
-#: Each rank holds a part of the weights only, so no rank can convert.
-_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+#: Where each rank holds a part of the weights only, so that no rank can convert.
+_SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 def certify_run(trainer: pl.Trainer, module: pl.LightningModule, batches: int) -> ParityReport | None:
@@ -49,7 +49,7 @@ def certify_run(trainer: pl.Trainer, module: pl.LightningModule, batches: int) -
     Returns:
         The report, or None where there is nothing to convert yet or it could not be compared.
     """
-    if isinstance(trainer.strategy, _SHARDED) or not _has_trained_quantized(module):
+    if is_sharded(trainer) or not _has_trained_quantized(module):
         return None
     try:
         report = _compare(trainer, module, batches)
@@ -66,6 +66,11 @@ def certify_run(trainer: pl.Trainer, module: pl.LightningModule, batches: int) -
         )
     _log(trainer, report)
     return report
+
+
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Whether each rank of ``trainer`` holds a part of the weights only."""
+    return any(isinstance(trainer.strategy, in_both(f"strategies.{name}")) for name in _SHARDED)
 
 
 def _has_trained_quantized(module: nn.Module) -> bool:
@@ -104,7 +109,7 @@ def _loader_and_step(
     """Return the loader to take batches from, the step to run on them and in which context, and how many there are."""
     fit: Any = trainer.fit_loop
     loader, limit = fit.epoch_loop.val_loop._combined_loader, sum(trainer.num_val_batches)
-    if loader is not None and limit and is_overridden("validation_step", module):
+    if loader is not None and limit and is_overridden("validation_step", module, own_class(module, "LightningModule")):
         return loader, "validation_step", trainer.precision_plugin.val_step_context(), limit
     context = trainer.precision_plugin.train_step_context()
     return fit._combined_loader, "training_step", context, trainer.num_training_batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -39,12 +40,12 @@ class Schedule:
     calibration_batches: int = 0
     fold_norm: bool = True
 
-    def resolve(self, total_steps: float, steps_per_epoch: float) -> Schedule:
+    def resolve(self, total_steps: float, steps_per_epoch: float | Callable[[float], float]) -> Schedule:
         """Return the schedule in optimizer steps.
 
         Args:
             total_steps: of the run; infinite if unknown.
-            steps_per_epoch: infinite if unknown.
+            steps_per_epoch: infinite if unknown; a function of the epochs where they have unlike many steps.
 
         Raises:
             ValueError: for a fraction or epochs of a run whose length is not known.
@@ -54,13 +55,16 @@ class Schedule:
             epochs = epochs_of(step)
             if isinstance(step, int):
                 return step
-            length, share = (total_steps, float(step)) if epochs is None else (steps_per_epoch, epochs)
-            if not math.isfinite(length):
+            if epochs is None:
+                reached = float(step) * total_steps
+            else:
+                reached = steps_per_epoch(epochs) if callable(steps_per_epoch) else epochs * steps_per_epoch
+            if not math.isfinite(reached):
                 known = (
                     "max_steps or max_epochs" if epochs is None else "limit_train_batches, or a loader with a length"
                 )
                 raise ValueError(f"{name}={step!r} needs the length of the run; give the Trainer {known}, or a step")
-            return round(share * length)
+            return round(reached)
 
         def bits(name: str, entries: BitSchedule) -> BitSchedule:
             return tuple(sorted((steps(name, step), value) for step, value in entries))
@@ -92,6 +96,10 @@ class Schedule:
             activation_bits=bits(self.activation_bits),
             bits_match=self.bits_match,
         )
+
+    def has_final_bits(self, step: int) -> bool:
+        """Return whether a resolved schedule changes no bits after optimizer step ``step``."""
+        return all(at <= step for at, _ in (*self.weight_bits, *self.activation_bits))  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
         """Return builtins only: anything else makes a checkpoint unloadable with ``weights_only=True``."""

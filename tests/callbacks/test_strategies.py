@@ -1,0 +1,152 @@
+"""Two ranks have the same scales, bit for bit, and are one rank with twice the batch."""
+
+import pytest
+import ranks
+import torch
+from classifier import Classifier, loader, trainer
+from torch import nn
+
+import lightning_qat as lq
+from lightning_qat.transforms.prepare import qat_layers
+from lightning_qat.transforms.ranges import defer_ranges, update_ranges
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return ranks.run_two(folder)
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
+
+
+def assert_rounding_apart(two, one):
+    """Gradients summed over ranks are rounded otherwise; that is all that may differ: scales by an ulp or two."""
+    for key, value in two.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, one[key], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        else:
+            assert value == one[key], key
+
+
+@pytest.mark.parametrize("scenario", [ranks.ddp, ranks.uncalibrated, ranks.accumulating], ids=lambda s: s.__name__)
+def test_ddp_has_the_same_scales_on_both_ranks_and_is_one_rank_with_twice_the_batch(tmp_path, two, scenario):
+    first, second = (rank[scenario.__name__] for rank in two)
+    assert len(first["steps"]) == len(second["steps"]) == 16  # before and after each of 8 batches
+    for mine, theirs in zip(first["steps"], second["steps"], strict=True):
+        assert_same_bits(mine, theirs)
+    assert_same_bits(first["state"], second["state"])
+    alone = scenario(tmp_path, 1, 0)
+    for mine, theirs in zip(first["steps"], alone["steps"], strict=True):
+        assert_rounding_apart(mine, theirs)
+    assert_rounding_apart(first["state"], alone["state"])
+    moved = [step["conv.input"] for step in first["steps"]]
+    assert len({scale.item() for scale in moved}) > 4  # the ranges did move
+
+
+def test_ranks_that_run_different_layers_agree_and_do_not_wait_for_each_other(two):
+    first, second = (rank["branches"] for rank in two)
+    for mine, theirs in zip(first["steps"], second["steps"], strict=True):
+        assert_same_bits(mine, theirs)
+    assert_same_bits(first["state"], second["state"])
+    seen = [first["state"][f"ways.{i}.input_quantizer._extra_state"] for i in range(3)]
+    assert [state["calibrated"] for state in seen] == [True, True, False]
+    mine, theirs = (rank["other_layers"] for rank in two)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mine[name][0] == theirs[name][0]
+        assert torch.equal(mine[name][1], theirs[name][1])
+    assert [found[0] for found in mine.values()] == [True, True, False]
+
+
+def test_calibration_learns_from_all_ranks(tmp_path, two):
+    """Bit for bit: extremes and counts do not depend on how samples are spread over ranks."""
+    first, second = (rank["calibration"] for rank in two)
+    for observer, alone in ranks.calibration(tmp_path, 1, 0).items():
+        assert_same_bits(first[observer], second[observer])
+        sums = [key for key in alone if key.endswith("sums")]
+        assert bool(sums) == (observer == "mse")
+        for key in sums:  # of float64, added in another order
+            torch.testing.assert_close(first[observer].pop(key), alone.pop(key), rtol=1e-12, atol=1e-12)
+        assert_same_bits(first[observer], alone)
+
+
+def test_fsdp2_is_one_process_and_its_checkpoint_converts(tmp_path, two, folder):
+    first, second = (rank["fsdp"] for rank in two)
+    assert_same_bits(first["state"], second["state"])
+    alone = ranks.fsdp(tmp_path, 1, 0)
+    assert_rounding_apart(first["state"], alone["state"])
+    assert first["state"]["last.weight_quantizer._extra_state"]["bits"] == 4
+    assert "sharded over ranks" in first["error"]
+    module = ranks.Sharded()
+    lq.prepare(module, ranks.int8()[0].plan())
+    module.load_state_dict(torch.load(folder / "fsdp2.ckpt")["state_dict"])
+    assert_same_bits(module.state_dict(), first["state"])
+    assert lq.convert(module).last.weight_format.bits == 4
+
+
+def test_sync_batchnorm_is_folded_as_batchnorm(tmp_path):
+    """What ``Trainer(sync_batchnorm=True)`` does to a prepared module; torch trains it across ranks on GPUs only."""
+    codes = []
+    for convert_norms in (False, True):
+        module = Classifier()
+        lq.prepare(module, "int8")
+        if convert_norms:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            assert isinstance(module.bn, nn.SyncBatchNorm)
+        trainer(tmp_path, [lq.QuantizationAwareTraining("int8", freeze_step=4)]).fit(module, loader())
+        assert module.conv.weight_quantizer.folded_norm == "bn"
+        converted = lq.convert(module)
+        assert isinstance(converted.bn, lq.nn.FoldedBatchNorm)
+        codes.append(converted.conv.codes)
+    assert torch.equal(*codes)
+
+
+def test_a_checkpoint_in_the_middle_of_a_batch_holds_what_the_batch_showed():
+    def run(interrupted):
+        torch.manual_seed(0)
+        model = lq.prepare(nn.Sequential(nn.Linear(3, 3)), "int8")
+        defer_ranges(model, True)
+        for step in range(3):
+            model(torch.full((2, 3), 1.0 + step))
+            if interrupted:
+                state = model.state_dict()
+                model = lq.prepare(nn.Sequential(nn.Linear(3, 3)), "int8")
+                model.load_state_dict(state)
+                defer_ranges(model, True)
+            update_ranges(model)
+        return model.state_dict()
+
+    assert_same_bits(run(True), run(False))
+
+
+def test_ranges_learned_in_a_batch_hold_from_the_next_one():
+    model = lq.prepare(nn.Linear(3, 3), "int8")
+    defer_ranges(model, True)
+    x = torch.full((2, 3), 0.3)
+    with torch.no_grad():
+        assert torch.equal(model(x), nn.functional.linear(x, model.weight_quantizer(model.weight), model.bias))
+        update_ranges(model)
+        scale = model.input_quantizer.scale.clone()
+        model(x * 100)
+        assert torch.equal(model.input_quantizer.scale, scale)
+        update_ranges(model)
+        assert model.input_quantizer.scale > scale
+        state = {name: layer.input_quantizer.scale.clone() for name, layer in qat_layers(model)}
+        update_ranges(model)  # nothing was run
+        assert torch.equal(state[""], model.input_quantizer.scale)
+
+
+def test_weights_that_a_strategy_flattens_are_told_before_they_freeze():
+    quantizer = lq.prepare(nn.Linear(4, 4), "int8").weight_quantizer
+    with pytest.raises(RuntimeError, match="flattens or partitions it.*ModelParallelStrategy with fully_shard"):
+        quantizer.set_frozen(True, torch.zeros(0))
