@@ -13,10 +13,22 @@ ROOT = Path(__file__).parent.parent
 MOST_LINES = 400
 
 #: From left to right: a layer imports from those on its left, and from itself.
-LAYERS = ["config", "kernels", "ops", "schemes", "quantizers", "nn", "transforms", "ptq|formats", "callbacks"]
+LAYERS = [
+    "validation",
+    "config",
+    "kernels",
+    "ops",
+    "schemes",
+    "quantizers",
+    "nn",
+    "transforms",
+    "ptq|formats",
+    "callbacks",
+]
 
 #: What may be imported besides the standard library.
 THIRD_PARTY = {
+    "validation": set(),
     "config": {"torch"},
     "kernels": {"torch", "triton"},
     "ops": {"torch"},
@@ -28,13 +40,15 @@ THIRD_PARTY = {
     "formats": {"torch", "safetensors", "onnx"},
     # Metrics of the user's module are left as they were by calibration, so callbacks know what a metric is.
     "callbacks": {"torch", "lightning", "torchmetrics"},
+    "testing": {"torch", "lightning", "pytest"},
     "metrics": {"torch", "torchmetrics"},
     "tracking": {"lightning", "wandb"},
     "report": {"matplotlib", "jinja2", "rich"},
     "tasks": {"torch", "lightning", "torchmetrics"},
     "data": {"torch", "lightning", "torchmetrics", "numpy", "sklearn"},
     # Recipes write the float weights that the quantized model is compared with, hence torch and safetensors.
-    "recipes": {"torch", "safetensors", "hydra", "omegaconf", "lightning", "rich"},
+    # The benchmark measures torchao and onnxruntime where they are installed.
+    "recipes": {"torch", "safetensors", "hydra", "omegaconf", "lightning", "rich", "torchao", "onnxruntime"},
     "conf": set(),
     # lightning_qat/__init__.py and __main__.py: the facade in front of all layers.
     "": set(),
@@ -56,7 +70,8 @@ def allowed_rooms() -> dict[str, set[str]]:
     for room in SIDE_ROOMS:
         allowed[room] = {room}
     everything = set(allowed)
-    allowed["callbacks"].add("metrics")  # they may monitor what they do
+    allowed["testing"] = left | {"testing"}  # what users test their modules with runs callbacks and all they need
+    allowed["callbacks"] |= {"metrics", "tracking"}  # they may monitor what they do, and tell any logger
     allowed["recipes"] = everything | {"recipes", ""}
     allowed[""] = everything | {"recipes", ""}
     return allowed
