@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 _MISSING = "-"
@@ -25,6 +26,7 @@ class Variant:
         bytes_on_disk: of all files needed to load it; None where it is not kept.
         agreement: share of predictions with the float model's top-1; None where unknown.
         sqnr_db: of its outputs against those of the model it was converted from; None where unknown.
+        milliseconds: batch -> median time of a forward pass, where that was measured.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Variant:
     bytes_on_disk: int | None = None
     agreement: float | None = None
     sqnr_db: float | None = None
+    milliseconds: Mapping[int, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """Return the row as builtins.
@@ -44,16 +47,21 @@ class Variant:
             "bytes": self.bytes_on_disk,
             "agreement_with_float": self.agreement,
             "sqnr_db": self.sqnr_db,
+            **{f"ms_batch_{batch}": value for batch, value in self.milliseconds.items()},
         }
         return {key: _json_value(value) for key, value in row.items()}
 
 
 def results_table(variants: Sequence[Variant], *, title: str | None = None) -> Table:
     """Return the variants as a table to print; sizes are compared with the first row's."""
-    table = Table(title=title, title_justify="left")
+    # Without frames it fits into the 80 columns that a terminal or a log file has.
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("model")
     metrics = _metric_names(variants)
-    headings = [*metrics, "KB on disk", "smaller", "top-1 as float", "SQNR (dB)"]
+    batches = list(dict.fromkeys(batch for variant in variants for batch in variant.milliseconds))
+    headings = [*metrics, "KB on\ndisk", "smaller", "top-1 as\nfloat", "SQNR\n(dB)", *(f"ms for\n{n}" for n in batches)]
     for heading in headings:
         table.add_column(heading, justify="right")
     reference = variants[0].bytes_on_disk if variants else None
@@ -66,6 +74,7 @@ def results_table(variants: Sequence[Variant], *, title: str | None = None) -> T
             _number(reference / size if reference and size else None, ".2f", "x"),
             _number(None if variant.agreement is None else 100 * variant.agreement, ".2f", " %"),
             _number(variant.sqnr_db, ".1f"),
+            *(_number(variant.milliseconds.get(batch), ",.2f") for batch in batches),
         )
     return table
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lightning_qat.ops.fake_quantize import fake_quantize
 
-from ._timing import Timing, compared
+from ._timing import Results, compared
 
 
-def fake_quantize_group(rounds: int, size: int = 4096) -> list[Timing]:
+def fake_quantize_group(rounds: int, size: int = 4096) -> Results:
     """Time one float32 weight ``[size, size]`` with a scale per output channel, forward, and with backward.
 
     Raises:
@@ -34,10 +34,12 @@ def fake_quantize_group(rounds: int, size: int = 4096) -> list[Timing]:
         "torch": lambda: torch.autograd.grad(torch_own(weight), weight, grad),
         "lightning_qat": lambda: torch.autograd.grad(ours(weight), weight, grad),
     }
-    return [
-        *compared("fake_quantize forward", forward, rounds, baseline="torch"),
-        *compared("fake_quantize forward and backward", train, rounds, baseline="torch"),
-    ]
+    return Results(
+        [
+            *compared("fake_quantize forward", forward, rounds, baseline="torch"),
+            *compared("fake_quantize forward and backward", train, rounds, baseline="torch"),
+        ]
+    )
 
 
 def _verify(x: Tensor) -> None:

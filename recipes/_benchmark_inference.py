@@ -1,88 +1,89 @@
-"""Benchmark group ``inference``: converted models against float32, beside PyTorch's own integer models."""
+"""Benchmark group ``inference``: converted models against float32, beside what other libraries make of them."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.config import PRESETS
 from lightning_qat.metrics import sqnr
 from lightning_qat.transforms import calibrate, convert, prepare
 
-from ._benchmark_train_step import convolutional_network
-from ._timing import Timing, compared
+from ._benchmark_networks import convolutional_network
+from ._benchmark_peers import LINEAR_PEERS, NETWORK_PEERS, Form, Peer, forward_of, told, working_peers
+from ._timing import Results, Timing, compared
+
+_NETWORK_PRESETS = ("int8", "int8_dynamic")
+_LINEAR_PRESETS = (*_NETWORK_PRESETS, "int8_dynamic_per_tensor", "int8_weight_only", "w4a16")
 
 #: Below this a converted model does not compute what was trained, and its speed means nothing.
 _LEAST_SQNR = 40.0
 
 
-def inference_group(rounds: int, features: int = 4096, batches: tuple[int, ...] = (1, 32, 256)) -> list[Timing]:
+def inference_group(rounds: int, features: int = 4096, batches: tuple[int, ...] = (1, 32, 256)) -> Results:
     """Time a large Linear and a small convolutional network, in evaluation, at several batch sizes.
 
     Raises:
         RuntimeError: if a converted model does not compute what the fake-quantized one does.
     """
-    timings: list[Timing] = []
-    linears = _models(nn.Sequential(nn.Linear(features, features)), torch.randn(64, features), _dynamic_peer)
+    samples, images = torch.randn(64, features), torch.randn(64, 3, 32, 32)
+    linear, notes = _forms(nn.Sequential(nn.Linear(features, features)), samples, _LINEAR_PRESETS, LINEAR_PEERS)
+    results = Results(notes=notes)
     for batch in batches:
-        x = torch.randn(batch, features)
-        timings += compared(f"inference Linear {features}, batch {batch}", _runs(linears, x), rounds, baseline="float")
-    network = _models(convolutional_network(), torch.randn(64, 3, 32, 32), _fx_peer)
+        results += _timed(f"inference Linear {features}, batch {batch}", linear, torch.randn(batch, features), rounds)
+    model = convolutional_network()
+    model(images)  # BatchNorm takes statistics of the data, as in a trained network
+    network, notes = _forms(model, images, _NETWORK_PRESETS, NETWORK_PEERS)
+    results += Results(notes=notes)
     for batch in (1, 64):
-        x = torch.randn(batch, 3, 32, 32)
-        group = f"inference conv-bn-relu x6, batch {batch}"
-        timings += compared(group, _runs(network, x), rounds, baseline="float")
-    return timings
+        results += _timed(f"inference conv-bn-relu x6, batch {batch}", network, torch.randn(batch, 3, 32, 32), rounds)
+    return results
 
 
-def _models(
-    model: nn.Sequential, samples: Tensor, peer: Callable[[nn.Module, Tensor], nn.Module]
-) -> dict[str, nn.Module]:
-    model.eval()
-    found: dict[str, nn.Module] = {"float": model}
-    for preset in ("int8", "int8_dynamic"):
-        prepared = prepare(copy.deepcopy(model), preset)
-        calibrate(prepared, [samples])
-        converted = convert(prepared)
-        with torch.no_grad():
-            if sqnr(prepared.eval()(samples), converted(samples)) < _LEAST_SQNR:
-                raise RuntimeError(f"the converted {preset} model is not the fake-quantized one; not timed")
-        found[f"lightning_qat {preset}"] = converted
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and what people have
-        return {**found, _PEERS[peer]: peer(copy.deepcopy(model), samples)}
+def _forms(
+    model: nn.Module, samples: Tensor, presets: tuple[str, ...], peers: tuple[Peer, ...]
+) -> tuple[dict[str, Form], list[str]]:
+    """Return the verified forms of ``model``, float first, and why a peer is not among them."""
+    found = {"float": Form(forward_of(model.eval()))}
+    for preset in presets:
+        if preset in PRESETS:
+            found[f"lightning_qat {preset}"] = _converted(model, samples, preset)
+    others, notes = working_peers(peers, model, samples)
+    return found | others, notes
 
 
-def _dynamic_peer(model: nn.Module, samples: Tensor) -> nn.Module:
-    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+def _converted(model: nn.Module, samples: Tensor, preset: str) -> Form:
+    prepared = prepare(copy.deepcopy(model), preset)
+    calibrate(prepared, [samples])
+    run = forward_of(convert(prepared))
+    if sqnr(forward_of(prepared.eval())(samples), run(samples)) < _LEAST_SQNR:
+        raise RuntimeError(f"the converted {preset} model is not the fake-quantized one; not timed")
+    return Form(run, float(sqnr(forward_of(model)(samples), run(samples))))
 
 
-def _fx_peer(model: nn.Module, samples: Tensor) -> nn.Module:
-    from torch.ao import quantization as ao
-    from torch.ao.quantization import quantize_fx
-
-    observed = quantize_fx.prepare_fx(model, ao.get_default_qconfig_mapping("x86"), (samples,))
-    observed(samples)
-    return quantize_fx.convert_fx(observed)
-
-
-def _runs(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    def run(model: nn.Module) -> Callable[[], Tensor]:
-        @torch.inference_mode()
-        def forward() -> Tensor:
-            output: Tensor = model(x)
-            return output
-
-        return forward
-
-    return {name: run(model) for name, model in models.items()}
+def _timed(group: str, forms: dict[str, Form], x: Tensor, rounds: int) -> Results:
+    """Time the forms that take a batch of this size."""
+    cases, notes = {}, []
+    for name, form in forms.items():
+        try:
+            form.run(x)
+        except Exception as error:
+            if name == "float" or name.startswith("lightning_qat"):
+                raise
+            notes.append(f"{name} is not timed in {group}: {told(error)}")
+            continue
+        cases[name] = _case(form, x)
+    timings = compared(group, cases, rounds, baseline="float")
+    return Results([_with_sqnr(timing, forms[timing.name]) for timing in timings], notes)
 
 
-#: What the peers are called in the table.
-_PEERS: dict[Callable[[nn.Module, Tensor], nn.Module], str] = {
-    _dynamic_peer: "torch.ao dynamic, per tensor",
-    _fx_peer: "torch.ao FX",
-}
+def _case(form: Form, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: form.run(x)
+
+
+def _with_sqnr(timing: Timing, form: Form) -> Timing:
+    return replace(timing, sqnr_db=form.sqnr_db)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning_qat.metrics import Agreement, sqnr
 from lightning_qat.report import Variant
 
 from ._errors import ConfigError
+from ._latency import Example
 
 #: Predictions are compared up to this many numbers (256 MB in float32); more of them say nothing more.
 _MOST_NUMBERS = 2**26
@@ -26,10 +27,11 @@ _EVALUATIONS = (("test", "test_step", "test_dataloader"), ("validate", "validati
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a test logged, and the outputs ``[N, ..., classes]`` of the model in it, if it had such."""
+    """What a test logged, the outputs ``[N, ..., classes]`` of the model in it, and what its first batch was."""
 
     metrics: dict[str, float]
     outputs: Tensor | None
+    example: Example | None = None
 
     def variant(
         self,
@@ -38,11 +40,12 @@ class Measurement:
         *,
         like: Measurement | None = None,
         trained: Measurement | None = None,
+        milliseconds: Mapping[int, float] | None = None,
     ) -> Variant:
         """Return the row of the final table, compared with the float model and the one that was trained."""
         agreement = None if like is None else self.agreement(like)
         sqnr_db = None if trained is None else self.sqnr_db(trained)
-        return Variant(name, self.metrics, bytes_on_disk, agreement, sqnr_db)
+        return Variant(name, self.metrics, bytes_on_disk, agreement, sqnr_db, milliseconds or {})
 
     def agreement(self, other: Measurement) -> float | None:
         """Return the share of equal top-1 predictions, or None where they cannot be compared."""
@@ -73,7 +76,8 @@ def measure(task: L.LightningModule, data: L.LightningDataModule, trainer: L.Tra
         logged = run(task, datamodule=data, verbose=False)
     metrics = {name: float(value) for loader in logged for name, value in loader.items()}
     found = [outputs for outputs in (one.joined() for one in recorded) if outputs is not None]
-    return Measurement(metrics, found[0] if found else None)
+    called = [one.example for one in recorded if one.example is not None]
+    return Measurement(metrics, found[0] if found else None, called[0] if called else None)
 
 
 def evaluation_step(task: L.LightningModule, data: L.LightningDataModule, *, first: str = "test") -> str:
@@ -95,12 +99,23 @@ def folder_bytes(folder: Path) -> int:
 
 
 class _Outputs:
-    """Outputs of one module's forward, batch after batch, on the CPU."""
+    """Outputs of one module's forward, batch after batch, on the CPU, and the arguments of the first.
 
-    def __init__(self) -> None:
+    Args:
+        name: of the module in the task.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.example: Example | None = None
         self._batches: list[Tensor] = []
         self._numbers = 0
         self._usable = True
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of the first call."""
+        if self.example is None:
+            self.example = Example.keep(self.name, args, kwargs)
 
     def add(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Keep an output; one that is no batch of float vectors makes all of them useless."""
@@ -120,10 +135,12 @@ class _Outputs:
 @contextmanager
 def _recorded_outputs(task: nn.Module) -> Iterator[list[_Outputs]]:
     """Record what the task's forward returns, and what its network does where a step calls that one instead."""
-    networks = [child for child in task.children() if any(True for _ in child.parameters())]
+    networks = [name for name, child in task.named_children() if any(True for _ in child.parameters())]
     recorded, handles = [], []
-    for module in [task, *(networks if len(networks) == 1 else [])]:
-        recorded.append(_Outputs())
+    for name in ["", *(networks if len(networks) == 1 else [])]:
+        recorded.append(_Outputs(name))
+        module = task.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(recorded[-1].begin, with_kwargs=True))
         handles.append(module.register_forward_hook(recorded[-1].add))
     try:
         yield recorded

@@ -14,6 +14,12 @@ _MEANINGLESS = (
 )
 
 
+_NOTICES = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",  # speaks of `weights_only` where nothing is loaded
+)
+
+
 class _EachOnce(logging.Filter):
     """Lets each notice through once: a recipe has four Trainers on the same devices. Advertisements never."""
 
@@ -23,7 +29,7 @@ class _EachOnce(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        new = message not in self._seen and "Tip:" not in message
+        new = message not in self._seen and "Tip:" not in message and "weights_only" not in message
         self._seen.add(message)
         return new or record.levelno >= logging.WARNING
 
@@ -31,13 +37,15 @@ class _EachOnce(logging.Filter):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hold back what is meaningless, for as long as the context lasts."""
-    notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    notices = [logging.getLogger(name) for name in _NOTICES]
     each_once = _EachOnce()
-    notices.addFilter(each_once)
+    for notice in notices:
+        notice.addFilter(each_once)
     try:
         with warnings.catch_warnings():
             for message in _MEANINGLESS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        notices.removeFilter(each_once)
+        for notice in notices:
+            notice.removeFilter(each_once)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from rich.progress import track
+
+from ._provenance import package_version
 
 #: What is timed; its result is freed before the next one starts.
 Case = Callable[[], object]
@@ -27,6 +29,8 @@ class Timing:
         milliseconds: median.
         ratio: time of the group's baseline divided by this one's; above 1 is faster.
         kept: bytes kept for backward, as a multiple of the baseline's, where that was measured.
+        peak: most bytes allocated at any moment of forward and backward, as a multiple of the baseline's.
+        sqnr_db: of the outputs against float's, where that was measured.
     """
 
     group: str
@@ -34,15 +38,37 @@ class Timing:
     milliseconds: float
     ratio: float
     kept: float | None = None
+    peak: float | None = None
+    sqnr_db: float | None = None
 
 
-def interleaved(cases: Mapping[str, Case], rounds: int, title: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class Results:
+    """What a group of measurements found.
+
+    Args:
+        timings: of the alternatives.
+        notes: what could not be timed, and why.
+    """
+
+    timings: Sequence[Timing] = ()
+    notes: Sequence[str] = ()
+
+    def __add__(self, other: Results) -> Results:
+        return Results([*self.timings, *other.timings], [*self.notes, *other.notes])
+
+
+def interleaved(cases: Mapping[str, Case], rounds: int, title: str, *, seconds: float = math.inf) -> dict[str, float]:
     """Return the median milliseconds of each case, run in turn ``rounds`` times after one uncounted round.
 
-    What else runs on the machine meets all of them alike.
+    What else runs on the machine meets all of them alike. After ``seconds`` no further round is begun, but one is
+    counted in any case. An empty ``title`` shows no progress.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in track(range(rounds + 1), description=title, transient=True):
+    begun = time.perf_counter()
+    for done in track(range(rounds + 1), description=title, transient=True, disable=not title):
+        if done > 1 and time.perf_counter() - begun > seconds:
+            break
         for name, case in cases.items():
             start = time.perf_counter()
             result = case()
@@ -57,8 +83,8 @@ def compared(group: str, cases: Mapping[str, Case], rounds: int, *, baseline: st
     return [Timing(group, name, medians[name], medians[baseline] / medians[name]) for name in cases]
 
 
-def machine(rounds: int) -> dict[str, Any]:
-    """Return what ran the measurements: processor, versions, and its own copy bandwidth and matrix rate."""
+def machine(rounds: int, packages: Iterable[str]) -> dict[str, Any]:
+    """Return what ran the measurements: processor, versions of packages, its own copy bandwidth and matrix rate."""
     source, target = torch.randn(16 * 2**20), torch.empty(16 * 2**20)
     matrix = torch.randn(1024, 1024)
     limits = interleaved({"copy": lambda: target.copy_(source), "matrix": lambda: matrix @ matrix}, rounds, "machine")
@@ -67,14 +93,7 @@ def machine(rounds: int) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("lightning-qat", "torch", "lightning", "torchao")},
+        "versions": {name: package_version(name) for name in packages},
         "copy_gigabytes_per_second": 2 * source.nbytes / limits["copy"] / 1e6,
         "matrix_gigaflops": 2 * 1024**3 / limits["matrix"] / 1e6,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

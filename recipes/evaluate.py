@@ -9,13 +9,14 @@ import torch
 from omegaconf import DictConfig
 
 from lightning_qat.report import Variant
-from lightning_qat.transforms import QuantizedFileError, load_quantized, parity_report
+from lightning_qat.transforms import QuantizedFileError, load_quantized, parity_report, quantization_statistics
 
 from ._build import make_data, make_task, make_test_trainer
 from ._errors import ConfigError
 from ._files import FLOAT_WEIGHTS, MODEL, load_config, load_weights
+from ._latency import latency
 from ._measure import folder_bytes, measure
-from ._show import show
+from ._show import show, show_layers
 
 
 def evaluate(cfg: DictConfig) -> list[Variant]:
@@ -39,12 +40,18 @@ def evaluate(cfg: DictConfig) -> list[Variant]:
     except QuantizedFileError as error:
         raise ConfigError(str(error)) from error
     quantized_test = measure(quantized, data, trainer, seed=trained.seed)
+    times = latency({"float": float_task, "quantized": quantized}, float_test.example)
 
+    size = (folder / FLOAT_WEIGHTS).stat().st_size
     variants = [
-        float_test.variant("float", (folder / FLOAT_WEIGHTS).stat().st_size),
-        quantized_test.variant("quantized", folder_bytes(model_path), like=float_test),
+        float_test.variant("float", size, milliseconds=times.of("float")),
+        quantized_test.variant(
+            "quantized", folder_bytes(model_path), like=float_test, milliseconds=times.of("quantized")
+        ),
     ]
-    show(variants, Path(cfg.output_dir), parity_report(quantized), model_path=str(model_path))
+    if cfg.layers:
+        show_layers(quantization_statistics(quantized).values())
+    show(variants, Path(cfg.output_dir), parity_report(quantized), times, model_path=str(model_path))
     return variants
 
 

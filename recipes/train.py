@@ -16,6 +16,7 @@ from lightning_qat.transforms import calibrate, parity_report, prepare, save_qua
 from ._build import Parts, build
 from ._convert import convert_verified
 from ._files import FLOAT_WEIGHTS, MODEL, PTQ_MODEL, load_weights, save_config, save_weights
+from ._latency import latency
 from ._measure import evaluation_step, folder_bytes, measure
 from ._show import show
 from ._sweep import check_sweep
@@ -48,16 +49,19 @@ def train(cfg: DictConfig) -> list[Variant]:
         converted = convert_verified(parts, qat_task)
         converted_bytes = folder_bytes(save_quantized(converted, out / MODEL))
         converted_test = measure(converted, parts.data, parts.test_trainer, seed=cfg.seed)
+        times = latency({"float": float_task, "converted": converted}, float_test.example)
 
         variants = [
-            float_test.variant("float", float_bytes),
+            float_test.variant("float", float_bytes, milliseconds=times.of("float")),
             ptq_test.variant("PTQ", ptq_bytes, like=float_test),
             qat_test.variant("QAT", None, like=float_test),
-            converted_test.variant("converted", converted_bytes, like=float_test, trained=qat_test),
+            converted_test.variant(
+                "converted", converted_bytes, like=float_test, trained=qat_test, milliseconds=times.of("converted")
+            ),
         ]
         tracker.log_results([variant.row() for variant in variants])
         tracker.log_model(out / MODEL, variants[-1].row())
-    show(variants, out, parity_report(converted), same_top1_as_trained=converted_test.agreement(qat_test))
+    show(variants, out, parity_report(converted), times, same_top1_as_trained=converted_test.agreement(qat_test))
     return variants
 
 

@@ -1,0 +1,211 @@
+"""What other libraries make of the same float model, measured where they are installed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.metrics import sqnr
+
+#: A forward pass without gradients.
+Run = Callable[[Tensor], Tensor]
+
+#: Below this against float a peer does not compute the model, and its speed means nothing.
+_LEAST_SQNR = 15.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another library's form of a model.
+
+    Args:
+        name: in the table.
+        build: makes it of a float model in evaluation mode, which it may change, and of samples of its input.
+        packages: that have to be installed, besides PyTorch.
+    """
+
+    name: str
+    build: Callable[[nn.Module, Tensor], Run]
+    packages: tuple[str, ...] = ()
+
+    @property
+    def installed(self) -> bool:
+        """Whether all of its packages are there."""
+        return all(importlib.util.find_spec(package) is not None for package in self.packages)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of a model that was verified, with the SQNR of its outputs against float's, in dB."""
+
+    run: Run
+    sqnr_db: float | None = None
+
+
+def forward_of(model: nn.Module) -> Run:
+    """Return the forward pass of ``model`` in inference mode."""
+
+    @torch.inference_mode()
+    def run(x: Tensor) -> Tensor:
+        output: Tensor = model(x)
+        return output
+
+    return run
+
+
+def working_peers(peers: tuple[Peer, ...], model: nn.Module, samples: Tensor) -> tuple[dict[str, Form], list[str]]:
+    """Return the installed peers that compute ``model``, and why each other one is not timed."""
+    expected = forward_of(model)(samples)
+    found, notes = {}, []
+    for peer in peers:
+        if not peer.installed:
+            continue
+        try:
+            with silenced():
+                run = peer.build(copy.deepcopy(model), samples)
+                sqnr_db = float(sqnr(expected, run(samples)))
+        except Exception as error:  # noqa: BLE001 - another library fails in any way it likes; the table says how
+            notes.append(f"{peer.name} is not timed: {told(error)}")
+            continue
+        if sqnr_db >= _LEAST_SQNR:
+            found[peer.name] = Form(run, sqnr_db)
+        else:
+            notes.append(f"{peer.name} is not timed: its outputs are {sqnr_db:.1f} dB from float's")
+    return found, notes
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Hold back what peers announce of themselves, such as their end, or that torchvision is not there."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def told(error: Exception) -> str:
+    """Return the type and the first line of what ``error`` says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _torch_ao_dynamic(model: nn.Module, samples: Tensor) -> Run:
+    return forward_of(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8))
+
+
+def _torch_ao_fx(model: nn.Module, samples: Tensor) -> Run:
+    from torch.ao import quantization as ao
+    from torch.ao.quantization import quantize_fx
+
+    observed = quantize_fx.prepare_fx(model, ao.get_default_qconfig_mapping("x86"), (samples,))
+    observed(samples)
+    return forward_of(quantize_fx.convert_fx(observed))
+
+
+def _torchao_dynamic(model: nn.Module, samples: Tensor) -> Run:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return forward_of(model)
+
+
+def _onnxruntime_float(model: nn.Module, samples: Tensor) -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        return _session(_exported(model, samples, Path(folder)))
+
+
+def _onnxruntime_dynamic(model: nn.Module, samples: Tensor) -> Run:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = _preprocessed(model, samples, Path(folder)), Path(folder) / "int8.onnx"
+        quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
+        return _session(target)
+
+
+def _onnxruntime_static(model: nn.Module, samples: Tensor) -> Run:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Samples(CalibrationDataReader):
+        def __init__(self, name: str) -> None:
+            self.batches: Iterator[dict[str, Any]] = iter([{name: samples.numpy()}])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = _preprocessed(model, samples, Path(folder)), Path(folder) / "int8.onnx"
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(source, target, Samples("x"), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
+        return _session(target)
+
+
+def _exported(model: nn.Module, samples: Tensor, folder: Path) -> Path:
+    path = folder / "float.onnx"
+    torch.onnx.export(
+        model,
+        (samples,),
+        path,
+        input_names=["x"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    return path
+
+
+def _preprocessed(model: nn.Module, samples: Tensor, folder: Path) -> Path:
+    """Return the file after the pass that onnxruntime asks for before quantization: it folds BatchNorm."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path = folder / "preprocessed.onnx"
+    quant_pre_process(_exported(model, samples, folder), path)
+    return path
+
+
+def _session(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads spin while it runs, but not on into the turn of the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    return run
+
+
+_ONNXRUNTIME = ("onnxruntime", "onnx", "onnxscript")
+
+#: Packages of the peers, in the order of the tables.
+PACKAGES = ("torchao", *_ONNXRUNTIME)
+
+LINEAR_PEERS = (
+    Peer("torch.ao dynamic, per tensor", _torch_ao_dynamic),
+    Peer("torchao int8, dynamic per token", _torchao_dynamic, ("torchao",)),
+    Peer("onnxruntime float32", _onnxruntime_float, _ONNXRUNTIME),
+    Peer("onnxruntime int8, dynamic", _onnxruntime_dynamic, _ONNXRUNTIME),
+)
+
+NETWORK_PEERS = (
+    Peer("torch.ao FX", _torch_ao_fx),
+    Peer("onnxruntime float32", _onnxruntime_float, _ONNXRUNTIME),
+    Peer("onnxruntime int8, QDQ static", _onnxruntime_static, _ONNXRUNTIME),
+)
