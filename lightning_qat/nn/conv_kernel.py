@@ -54,6 +54,8 @@ class ConvKernel:
         self.scale, value, codes = static_input(layer)
         self.grid = CodeGrid(value, codes)
         self.weight = pack_conv(weight_values(layer), layer.weight_scale, self.geometry, value, codes)
+        #: A bias, what tells whether it was changed, and a copy of it.
+        self._bias: tuple[Tensor, tuple[int, int], Tensor] | None = None
         self._sizes: dict[tuple[int, ...], tuple[int, ...] | None] = {}
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -107,9 +109,16 @@ class ConvKernel:
         """Return the output of ``x``, a batch of float32 images, to be computed when it is read."""
         layout = x.seen_channels_last if type(x) is RegionTensor else is_channels_last(x)
         shape: Any = self.output_shape(x.seen_shape if type(x) is RegionTensor else tuple(x.shape))
-        bias = None if bias is None else bias.detach().to(torch.float32, copy=True)  # as it is now
+        held = None if bias is None else self._held(bias)
         codes = self.codes_of(x)
-        return RegionTensor.of_convolution(self, codes, bias, shape, one_reader=one_reader, channels_last=layout)
+        return RegionTensor.of_convolution(self, codes, held, shape, one_reader=one_reader, channels_last=layout)
+
+    def _held(self, bias: Tensor) -> Tensor:
+        """Return a copy of the bias as it is now, which a later change does not reach."""
+        state = (-1 if bias.is_inference() else bias._version, bias.data_ptr())
+        if self._bias is None or self._bias[0] is not bias or self._bias[1] != state or state[0] < 0:
+            self._bias = (bias, state, bias.detach().to(torch.float32, copy=True))
+        return self._bias[2]
 
     def run(self, codes: Tensor, bias: Tensor | None, output: CodeGrid | None, *, relu: bool) -> Tensor:
         """Return the convolution of codes: on the grid ``output``, or float32; in channels_last."""

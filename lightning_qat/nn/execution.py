@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: Computes a layer's output from its input and bias.
 IntegerKernel = Callable[[Tensor, Tensor | None], Tensor]
 
+#: Name, tensor, its version and address when the kernel was built.
+_Seen = tuple[str, Tensor | None, int, int]
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 
@@ -35,7 +38,7 @@ class KernelCache:
     """A layer's packed weight: built on first use, rebuilt when the codes change, never copied or pickled."""
 
     def __init__(self) -> None:
-        self._built: tuple[tuple[Any, ...], list[Tensor | None], IntegerKernel | None] | None = None
+        self._built: tuple[tuple[Any, ...], list[_Seen], IntegerKernel | None] | None = None
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelCache:
@@ -58,22 +61,35 @@ class KernelCache:
             settings: what it depends on besides formats, tensors, dtype and mode.
             build: makes it.
         """
-        tensors = [layer._buffers.get(name) for name in _TENSORS]
-        formats = layer.weight_format, layer.input_format, layer.weight_dtype, layer.training
-        # Tensors are kept, so that no other one takes the address.
-        key = (settings, formats, *(None if tensor is None else _identity(tensor) for tensor in tensors))
+        settings = (settings, layer.weight_format, layer.input_format, layer.weight_dtype, layer.training)
         built = self._built
-        if built is None or built[0] != key:
+        if built is None or built[0] != settings or not _same(built[1], layer._buffers):
             with self._lock:
                 built = self._built
-                if built is None or built[0] != key:
-                    built = self._built = (key, tensors, build())
+                if built is None or built[0] != settings or not _same(built[1], layer._buffers):
+                    # Tensors are kept, so that no other one takes the address.
+                    tensors = [(name, tensor, *_state(tensor)) for name, tensor in layer._buffers.items()]
+                    built = self._built = (settings, tensors, build())
         return built[2]
 
 
-def _identity(tensor: Tensor) -> tuple[int, int, int]:
-    """Return what changes when the tensor is another one, or is changed in place and counts that."""
-    return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+def _state(tensor: Tensor | None) -> tuple[int, int]:
+    """Return what changes when a tensor is changed in place and counts that, or gets other memory."""
+    if tensor is None:
+        return 0, 0
+    return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+def _same(tensors: list[_Seen], buffers: dict[str, Tensor | None]) -> bool:
+    """Return whether the tensors are the very ones, unchanged; on the way of every call, so without detours."""
+    if len(tensors) != len(buffers):
+        return False
+    for name, tensor, version, address in tensors:
+        if buffers.get(name) is not tensor:
+            return False
+        if tensor is not None and (tensor.data_ptr() != address or (version >= 0 and tensor._version != version)):
+            return False
+    return True
 
 
 def reference_reason(layer: QuantizedLayer) -> str | None:

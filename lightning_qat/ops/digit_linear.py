@@ -172,13 +172,16 @@ def _multiply(rows: Tensor, powers: Tensor, weight: DigitWeight, bias: Tensor | 
     digits = _digit_rows(numbers, step)
     largest = powers.amax(1)
     factors = torch.div(powers, largest.unsqueeze(1)) * weight.digit_values
-    factors = factors.view(tokens, parts, step, DIGITS).transpose(0, 1).reshape(parts, -1, 1, DIGITS)
-    products = weight.digit_values.new_empty(parts, tokens * step, 1, weight.out_features)
-    for i, part in enumerate(weight.parts):
-        sums = multiply_codes(digits[i], 1.0, SIGNED_OFFSET, part, None)
-        torch.bmm(factors[i], sums.view(-1, DIGITS, sums.shape[1]), out=products[i])
-    products = products.view(parts, tokens, step, -1)
-    total = products.view(tokens, -1) if weight.scale is None else products.mul_(weight.scale).sum((0, 2))
+    factors = factors.view(tokens, parts, step, DIGITS).transpose(0, 1).reshape(-1, 1, DIGITS)
+    sums = [multiply_codes(digits[i], 1.0, SIGNED_OFFSET, part, None) for i, part in enumerate(weight.parts)]
+    stacked = sums[0] if parts == 1 else torch.cat(sums)
+    products = torch.bmm(factors, stacked.view(-1, DIGITS, weight.out_features))
+    if weight.scale is None:
+        total = products.view(tokens, -1)
+    elif tokens == 1:  # one sum over all groups is faster than one over two dimensions
+        total = products.view(parts * step, -1).mul_(weight.scale.view(parts * step, -1)).sum(0, keepdim=True)
+    else:
+        total = products.view(parts, tokens, step, -1).mul_(weight.scale).sum((0, 2))
     # In float64, whose range no product of powers leaves.
     result = torch.mul(total, largest.double().mul_(2.0**weight.exponent / (_ONE * _LOWEST)))
     return (result if bias is None else result.add_(bias)).float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -61,8 +61,17 @@ class ConvGeometry:
         and ``kernel=3, padding=3``). There are none where the padding is up to half the kernel's reach and the input
         at least as long as that.
         """
-        reach = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
-        return all(2 * p < r <= n or p == 0 for p, r, n in zip(self.padding, reach, size, strict=True))
+        return all(2 * p < r <= n or p == 0 for p, r, n in zip(self.padding, self.reach, size, strict=True))
+
+    @cached_property
+    def reach(self) -> tuple[int, ...]:
+        """Return the elements from the first to the last that a kernel reads, for each dimension."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    @cached_property
+    def arguments(self) -> tuple[list[int], list[int], list[int], int]:
+        """Return stride, padding, dilation and groups as the kernel takes them."""
+        return list(self.stride), list(self.padding), list(self.dilation), self.groups
 
 
 def pack_conv(
@@ -157,8 +166,7 @@ def convolve_codes(
         scale, zero_point, dtype = output.scale, output.codes.zero_point, torch.uint8
     result: Tensor = _onednn().qconv_pointwise(
         codes, grid.scale, grid.codes.zero_point, weight.codes, weight.scale, weight.zero_point, bias,
-        list(g.stride), list(g.padding), list(g.dilation), g.groups,
-        scale, zero_point, dtype, "relu" if relu else "none", [], "",
+        *g.arguments, scale, zero_point, dtype, "relu" if relu else "none", [], "",
     )  # fmt: skip
     if output is not None and ((output.codes.low > 0 and not relu) or output.codes.high < 255):
         result.clamp_(output.codes.low, output.codes.high)

@@ -20,8 +20,8 @@ from torch import Tensor
 _LEAST_BYTES, _MOST_BYTES = 2**20, 2**28
 #: A result may take memory up to this many times its size.
 _MOST_WASTE = 8
-#: Pieces kept by a thread: one in use by the forward pass, one by its backward pass.
-_PIECES = 2
+#: Pieces kept by a thread: an input and a weight made again, and a gradient on its way.
+_PIECES = 3
 
 _HUGE_PAGE_BYTES = 4 * 1024 * 1024
 _MADV_HUGEPAGE = 14
