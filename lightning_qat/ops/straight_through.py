@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op
 from lightning_qat.ops.fake_quantize_cpu import fake_quantize_backward_cpu, fake_quantize_cpu
-from lightning_qat.ops.workspace import passing_results
 
 #: What the dispatcher would come to for a plain tensor of the device; others go through it.
 _KERNELS = {"cpu": (fake_quantize_cpu, fake_quantize_backward_cpu)}
@@ -39,8 +38,7 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.covered:
             x, scale, zero_point = ctx.saved_tensors
-            with passing_results():  # what a layer before it reads, and lets go
-                grad = _KERNELS.get(x.device.type, _OPS)[1](grad, x, scale, zero_point, *ctx.grid, _ONLY_X)[0]
+            grad = _KERNELS.get(x.device.type, _OPS)[1](grad, x, scale, zero_point, *ctx.grid, _ONLY_X)[0]
         return grad, None, None, None, None
 
 
