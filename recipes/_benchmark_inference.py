@@ -31,7 +31,9 @@ def inference_group(rounds: int, features: int = 4096, batches: tuple[int, ...] 
         RuntimeError: if a converted model does not compute what the fake-quantized one does.
     """
     samples, images = torch.randn(64, features), torch.randn(64, 3, 32, 32)
-    linear, notes = _forms(nn.Sequential(nn.Linear(features, features)), samples, _LINEAR_PRESETS, LINEAR_PEERS)
+    layer = nn.Sequential(nn.Linear(features, features))
+    linear, notes = _forms(layer, samples, _LINEAR_PRESETS, LINEAR_PEERS)
+    linear |= _in_bfloat16(layer, samples)
     results = Results(notes=notes)
     for batch in batches:
         results += _timed(f"inference Linear {features}, batch {batch}", linear, torch.randn(batch, features), rounds)
@@ -63,6 +65,21 @@ def _converted(model: nn.Module, samples: Tensor, preset: str) -> Form:
     if sqnr(forward_of(prepared.eval())(samples), run(samples)) < _LEAST_SQNR:
         raise RuntimeError(f"the converted {preset} model is not the fake-quantized one; not timed")
     return Form(run, float(sqnr(forward_of(model)(samples), run(samples))))
+
+
+def _in_bfloat16(model: nn.Module, samples: Tensor) -> dict[str, Form]:
+    """Return the model in bfloat16, and with weights of 4 bits besides."""
+    expected = forward_of(model)(samples)
+    packed = convert(prepare(copy.deepcopy(model), "w4a16"))
+    found = {}
+    for name, form in {"float bfloat16": copy.deepcopy(model), "lightning_qat w4a16, bfloat16": packed}.items():
+        run = forward_of(form.bfloat16())
+        found[name] = Form(_with_casts(run), float(sqnr(expected, _with_casts(run)(samples))))
+    return found
+
+
+def _with_casts(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: run(x.bfloat16()).float()
 
 
 def _timed(group: str, forms: dict[str, Form], x: Tensor, rounds: int) -> Results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
 from lightning_qat.nn.region import RegionTensor, settled
 from lightning_qat.nn.single import init_from
 from lightning_qat.ops.digit_linear import digit_linear, digits_are_exact, digits_pay, pack_digits
+from lightning_qat.ops.int4_linear import int4_fits, int4_is_exact, int4_linear, pack_int4
 from lightning_qat.ops.integer_conv import CodeGrid
 from lightning_qat.ops.integer_linear import (
     integer_linear,
@@ -45,7 +47,7 @@ class QATLinear(QATLayer, nn.Linear):
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """A converted ``nn.Linear``; on a CPU it computes with integers, weight-only too.
 
-    The kernels read a copy of the codes in int8, made on the first forward pass; no float copy is kept.
+    The kernels read a copy of the codes, in int8 or packed int4, made on the first forward pass; no float copy is kept.
     """
 
     float_class = nn.Linear
@@ -58,9 +60,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return F.linear(self.quantized_input(input), self.weight, self.bias)
 
     def _integer_execution(self) -> str:
+        fmt = self.input_format
+        if fmt is None and self._takes_packed_int4():
+            return "packed int4, weight-only"
         if not linear_is_exact():
             return "reference: no exact integer kernel on this CPU"
-        fmt = self.input_format
         if fmt is None:
             return self._weight_only_execution()
         if not fmt.dynamic:
@@ -68,6 +72,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         if fmt.dynamic_range == "tensor":
             return "onednn int8 per tensor, dynamic"
         return "onednn int8 per token" if fmt.symmetric else "reference: asymmetric ranges per token"
+
+    def _takes_packed_int4(self) -> bool:
+        fmt, (rows, columns) = self.weight_format, self.weight_shape
+        fits = self.input_format is None and self.weight_dtype == torch.bfloat16
+        return fits and int4_fits(rows, columns, fmt.bits, fmt.group_size) and int4_is_exact()
 
     def _weight_only_execution(self) -> str:
         if not digits_are_exact():
@@ -78,11 +87,13 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def _kernel(self, x: Tensor) -> IntegerKernel | None:
         """Return what computes the output of ``x`` from integers, or None for the reference."""
-        if not takes_integers(self, x) or x.shape[-1] != self.weight_shape[1] or self.execution.startswith("reference"):
+        if not takes_integers(self, x) or x.shape[-1] != self.weight_shape[1]:
             return None
-        if self.input_format is None and not self._takes_digits(x):
-            return None
-        return self.kernel_cache.get(self, (self.weight_format, self.input_format), self._build_kernel)
+        # Whatever says so in ``execution`` is known when the kernel is built; the input's own reasons are not.
+        kernel = self.kernel_cache.get(self, (), self._build_kernel)
+        if kernel is None or self.input_format is not None or self._takes_packed_int4() or self._takes_digits(x):
+            return kernel
+        return None
 
     def _takes_digits(self, x: Tensor) -> bool:
         """Return whether a float input goes to integers: where that is faster, and no NaN or infinity is in it."""
@@ -91,8 +102,14 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return False
         return math.isfinite(torch.linalg.vector_norm(x, math.inf, dtype=torch.float32).item())
 
-    def _build_kernel(self) -> IntegerKernel:
+    def _build_kernel(self) -> IntegerKernel | None:
+        if self.execution.startswith("reference"):
+            return None
         fmt = self.input_format
+        if fmt is None and self._takes_packed_int4():
+            size: Any = self.weight_format.group_size
+            packed = pack_int4(self.codes, self.weight_scale, self.weight_zero_point, size)
+            return lambda x, bias: int4_linear(x, packed, bias)
         if fmt is None:
             digits = pack_digits(weight_values(self), self.weight_scale, self.weight_format.group_size)
             return lambda x, bias: digit_linear(x, digits, bias)

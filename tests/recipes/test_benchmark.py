@@ -109,7 +109,8 @@ def test_inference_has_float_ours_and_the_installed_peers():
     for timing in results.timings:
         groups.setdefault(timing.group, []).append(timing)
     linear, small, large = ([timing.name for timing in timings] for timings in groups.values())
-    assert linear == expected_names(_benchmark_inference._LINEAR_PRESETS, LINEAR_PEERS)
+    narrow = ["float bfloat16", "lightning_qat w4a16, bfloat16"]
+    assert linear == expected_names(_benchmark_inference._LINEAR_PRESETS, LINEAR_PEERS) + narrow
     assert {"lightning_qat int8_weight_only", "lightning_qat w4a16", "torch.ao dynamic, per tensor"} <= set(linear)
     assert small == large == expected_names(_benchmark_inference._NETWORK_PRESETS, NETWORK_PEERS)
     assert results.notes == []
