@@ -16,8 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-#: Smaller results come from the allocator's own free lists; larger ones are too much to hold on to.
-_LEAST_BYTES, _MOST_BYTES = 2**20, 2**28
+#: Smaller results come from the allocator's own free lists, as fast; larger ones are too much to hold on to.
+_LEAST_BYTES, _MOST_BYTES = 2**23, 2**28
 #: A result may take memory up to this many times its size.
 _MOST_WASTE = 8
 #: Pieces kept by a thread. With two or three the training step was no faster, and its peak memory 5 to 8 % more.

@@ -103,7 +103,7 @@ def test_threads_have_their_own():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_results_have_the_shape_strides_and_dtype_of_the_input(dtype, layout):
-    like = torch.empty(4, 8, 128, 256, dtype=dtype).to(memory_format=layout)
+    like = torch.empty(16, 8, 128, 256, dtype=dtype).to(memory_format=layout)
     with passing_results():
         result = take(like)
     assert (result.shape, result.stride(), result.dtype) == (like.shape, like.stride(), dtype)
@@ -128,6 +128,7 @@ def test_layers_that_share_memory_train_as_layers_that_do_not(monkeypatch):
             taken.append(x.grad)
         return [*model.state_dict().values(), *taken]
 
+    monkeypatch.setattr(workspace, "_LEAST_BYTES", 2**20)
     shared = train()
     assert workspace._WORKSPACE.pieces
     monkeypatch.setattr(workspace, "_LEAST_BYTES", 2**40)
