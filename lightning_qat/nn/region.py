@@ -54,7 +54,7 @@ class _Pending:
         self.one_reader = one_reader
 
     def to_float(self, steps: tuple[Step, ...]) -> Tensor:
-        relu = bool(steps) and steps[0] == RELU
+        relu = bool(steps) and steps[0] is RELU
         with counted():
             result = self.kernel.run(self.codes, self.bias, None, relu=relu)
             for step in steps[int(relu) :]:
@@ -62,7 +62,7 @@ class _Pending:
         return result
 
     def to_codes(self, steps: tuple[Step, ...], grid: CodeGrid) -> Tensor:
-        relu = bool(steps) and steps[0] == RELU
+        relu = bool(steps) and steps[0] is RELU
         result = self.kernel.run(self.codes, self.bias, grid, relu=relu)
         for step in steps[int(relu) :]:
             result = step.on_fresh_codes(result, grid)
@@ -78,16 +78,16 @@ class RegionTensor(Tensor):
     #: Shape and layout as the user's code sees them, kept because asking a tensor subclass is slow.
     seen_shape: tuple[int, ...]
     seen_channels_last: bool
-    _pending: _Pending | None
-    _steps: tuple[Step, ...]
+    _pending: _Pending | None = None
+    _steps: tuple[Step, ...] = ()
     #: The floats, in channels_last until they are handed out.
-    _value: Tensor | None
+    _value: Tensor | None = None
     #: Whether they were handed out, and what they were then, where the convolution may still go straight to codes.
-    _given: bool
-    _as_given: Tensor | None
+    _given: bool = False
+    _as_given: Tensor | None = None
     #: What this is a view of, and whether there is a view of this: in memory they are one.
-    view_of: RegionTensor | None
-    viewed: bool
+    view_of: RegionTensor | None = None
+    viewed: bool = False
 
     @staticmethod
     def _new(shape: tuple[int, ...], channels_last: bool) -> RegionTensor:
@@ -100,8 +100,6 @@ class RegionTensor(Tensor):
             RegionTensor, shape, strides=strides, dtype=torch.float32, device=_CPU
         )
         made.seen_shape, made.seen_channels_last = shape, channels_last
-        made._pending, made._steps, made._value = None, (), None
-        made._given, made._as_given, made.view_of, made.viewed = False, None, None, False
         return made
 
     @staticmethod
@@ -202,14 +200,14 @@ class RegionTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func in _METADATA and not (type(first) is RegionTensor and first._given):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
         handler = FUNCTIONS.get(func)
         if handler is not None and not floats_are_due():
             result = handler(*args, **kwargs)
             if result is not None:
                 return result
+        elif func in _METADATA and not (type(first) is RegionTensor and first._given):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         result = func(*map(_plain, args), **_plain(kwargs) if kwargs else kwargs)
         if type(first) is RegionTensor:
             first.follow_shape()

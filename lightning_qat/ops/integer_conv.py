@@ -61,7 +61,10 @@ class ConvGeometry:
         and ``kernel=3, padding=3``). There are none where the padding is up to half the kernel's reach and the input
         at least as long as that.
         """
-        return all(2 * p < r <= n or p == 0 for p, r, n in zip(self.padding, self.reach, size, strict=True))
+        for padding, reach, n in zip(self.padding, self.reach, size, strict=True):
+            if padding and not 2 * padding < reach <= n:
+                return False
+        return True
 
     @cached_property
     def reach(self) -> tuple[int, ...]:
