@@ -232,3 +232,20 @@ def test_saving_a_tensor_from_a_hook():
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=True), expected)
     assert torch.equal(kept[0] + 0, expected)
+
+
+@pytest.mark.parametrize("clamp", [nn.Hardtanh(-0.1, 0.12), nn.ReLU6()])
+def test_a_clamp_inside_the_grid_of_the_reader_clamps_codes(clamp, straight):
+    """A range that was calibrated on clamped values does it by itself; one that reaches further must not."""
+    x = randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), clamp, nn.Conv2d(8, 5, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(20)
+    model = converted(model, x)
+    model[-1].input_scale.mul_(3)
+    expected = module_by_module(model, x)
+    straight.clear()
+    with torch.no_grad():
+        actual = model(x)
+    assert straight == [True, False]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
