@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
+from lightning_qat.schemes import get_scheme
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +16,22 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Shapes of the weights that were fake-quantized."""
+    scheme = get_scheme("int8")
+    shapes = []
+
+    def counting(function):
+        def counted(x, *args, **kwargs):
+            if isinstance(x, nn.Parameter):
+                shapes.append(tuple(x.shape))
+            return function(x, *args, **kwargs)
+
+        return counted
+
+    for name in ("fake_quantize", "fake_quantize_through"):
+        monkeypatch.setattr(scheme, name, counting(getattr(scheme, name)))
+    return shapes

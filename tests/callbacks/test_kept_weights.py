@@ -10,25 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_qat as lq
 from lightning_qat.callbacks import base
-from lightning_qat.schemes import get_scheme
 from lightning_qat.transforms.phase import keep_quantized_weights
-
-
-@pytest.fixture
-def made(monkeypatch):
-    scheme, shapes = get_scheme("int8"), []
-
-    def counting(function):
-        def counted(x, *args, **kwargs):
-            if isinstance(x, nn.Parameter):
-                shapes.append(tuple(x.shape))
-            return function(x, *args, **kwargs)
-
-        return counted
-
-    for name in ("fake_quantize", "fake_quantize_through"):
-        monkeypatch.setattr(scheme, name, counting(getattr(scheme, name)))
-    return shapes
 
 
 def fit(tmp_path, **kwargs):

@@ -9,7 +9,6 @@ from tensors import randn
 from torch import nn
 
 import lightning_qat as lq
-from lightning_qat.schemes import get_scheme
 from lightning_qat.transforms.phase import keep_quantized_weights
 
 
@@ -24,25 +23,6 @@ def prepared(plan, phase=None):
     if phase is not None:
         lq.apply_phase(model, phase)
     return model.train()
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Shapes of the weights that were fake-quantized."""
-    scheme = get_scheme("int8")
-    shapes = []
-
-    def counting(function):
-        def counted(x, *args, **kwargs):
-            if isinstance(x, nn.Parameter):
-                shapes.append(tuple(x.shape))
-            return function(x, *args, **kwargs)
-
-        return counted
-
-    for name in ("fake_quantize", "fake_quantize_through"):
-        monkeypatch.setattr(scheme, name, counting(getattr(scheme, name)))
-    return shapes
 
 
 def accumulate(model, keep, optimizer=None, steps=3, micro=4):
