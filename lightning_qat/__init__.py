@@ -30,6 +30,7 @@ from lightning_qat.nn import (
     fold_bn_into_conv,
 )
 from lightning_qat.ops.fake_quantize import fake_quantize
+from lightning_qat.quantizers.debug import QuantizationEvent, debug_quantizers
 from lightning_qat.quantizers.observers import (
     HistogramObserver,
     MinMaxObserver,
@@ -38,6 +39,10 @@ from lightning_qat.quantizers.observers import (
     Observer,
     PercentileObserver,
 )
+from lightning_qat.quantizers.quantizer import Quantizer, quantize
+from lightning_qat.quantizers.tensor_statistics import QuantizationStats
+from lightning_qat.schemes import Scheme, register_scheme
+from lightning_qat.schemes.quantized_tensor import QuantizedTensor
 from lightning_qat.transforms import (
     LayerStatistics,
     ParityError,
@@ -55,6 +60,7 @@ from lightning_qat.transforms import (
     parity_report,
     prepare,
     quantization_statistics,
+    quantize_dynamic,
     read_certificate,
     save_quantized,
     set_bits,
@@ -73,6 +79,14 @@ if TYPE_CHECKING:
         QuantizationMonitor,
         QuantizedModelCheckpoint,
     )
+    from lightning_qat.formats.bitsandbytes import (
+        dequantize_bitsandbytes,
+        from_bitsandbytes_format,
+        quantize_4bit,
+        quantize_dynamic_tree,
+        quantize_int8,
+        to_bitsandbytes_format,
+    )
     from lightning_qat.metrics import quantization_error, sqnr
 
 __version__ = "0.1.0"
@@ -88,6 +102,12 @@ _LAZY = {
     "QuantizationGap": "callbacks",
     "QuantizationMonitor": "callbacks",
     "QuantizedModelCheckpoint": "callbacks",
+    "dequantize_bitsandbytes": "formats.bitsandbytes",
+    "from_bitsandbytes_format": "formats.bitsandbytes",
+    "quantize_4bit": "formats.bitsandbytes",
+    "quantize_dynamic_tree": "formats.bitsandbytes",
+    "quantize_int8": "formats.bitsandbytes",
+    "to_bitsandbytes_format": "formats.bitsandbytes",
     "quantization_error": "metrics",
     "sqnr": "metrics",
 }
@@ -100,7 +120,6 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "PRESETS",
     "BatchNormFolding",
     "BitsAndBytesConfig",
     "DelayedQATStart",
@@ -111,8 +130,9 @@ __all__ = [
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageObserver",
-    "ObserverCalibration",
     "Observer",
+    "ObserverCalibration",
+    "PRESETS",
     "ParityError",
     "ParityReport",
     "PercentileObserver",
@@ -127,10 +147,12 @@ __all__ = [
     "QATLinear",
     "QuantizationAwareTraining",
     "QuantizationConfig",
+    "QuantizationEvent",
     "QuantizationGap",
     "QuantizationMonitor",
     "QuantizationPlan",
     "QuantizationScheme",
+    "QuantizationStats",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",
@@ -139,23 +161,36 @@ __all__ = [
     "QuantizedFileError",
     "QuantizedLinear",
     "QuantizedModelCheckpoint",
+    "QuantizedTensor",
+    "Quantizer",
+    "Scheme",
     "apply_phase",
     "calibrate",
     "check_parity",
     "convert",
+    "debug_quantizers",
     "defer_ranges",
+    "dequantize_bitsandbytes",
     "fake_quantize",
     "float_checkpoint",
     "float_state_dict",
     "fold_bn_into_conv",
+    "from_bitsandbytes_format",
     "load_quantized",
     "parity_report",
     "prepare",
     "quantization_error",
     "quantization_statistics",
+    "quantize",
+    "quantize_4bit",
+    "quantize_dynamic",
+    "quantize_dynamic_tree",
+    "quantize_int8",
     "read_certificate",
+    "register_scheme",
     "save_quantized",
     "set_bits",
     "sqnr",
+    "to_bitsandbytes_format",
     "update_ranges",
 ]

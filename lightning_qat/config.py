@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from lightning_qat.validation import (
     check_choice,
     check_fraction,
     check_int,
+    check_scheme_bits,
     check_step,
 )
 from lightning_qat.validation import epochs_of as epochs_of  # for who has the configs already
@@ -45,23 +47,14 @@ class QuantizationScheme(StrEnum):
     AWQ = "awq"
 
 
-# Registry of scheme name -> its own bits, the fewest and the most; ``schemes.register_scheme`` adds to it.
-_SCHEME_BITS: dict[str, tuple[int, int, int]] = {
-    "int8": (8, 2, 16),
-    "int4": (4, 4, 4),
-    "nf4": (4, 4, 4),
-    "fp4": (4, 4, 4),
-    "llm_int8": (8, 8, 8),
-    "dynamic_tree": (8, 8, 8),
-    "dynamic": (8, 2, 16),
-    "gptq": (4, 2, 8),
-    "awq": (4, 2, 8),
-}
-
 #: What one range found at run time covers: a token (a sample, for convolutions) or the whole input.
 DYNAMIC_RANGES = ("token", "tensor")
 
 OBSERVER_NAMES = ("min_max", "moving_average", "percentile", "histogram", "mse")
+
+
+#: Schemes whose grid is given, and what shares a scale.
+_FIXED_GRIDS = {"nf4": "blocks", "fp4": "blocks", "dynamic_tree": "blocks", "llm_int8": "rows"}
 
 
 class _Unset(int):
@@ -69,17 +62,6 @@ class _Unset(int):
 
 
 _DEFAULT_BITS = _Unset(8)
-
-
-def _scheme_bits(scheme: Any, bits: int | None) -> tuple[str, int]:
-    name = check_choice("scheme", scheme, _SCHEME_BITS)
-    own, fewest, most = _SCHEME_BITS[name]
-    if bits is None:
-        return name, own
-    if isinstance(bits, bool) or not isinstance(bits, int) or not fewest <= bits <= most:
-        span = str(fewest) if fewest == most else f"{fewest} to {most}"
-        raise ValueError(f"bits={bits!r} is not allowed with scheme={name!r}; it takes {span}")
-    return name, int(bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +73,13 @@ class BitsAndBytesConfig:
         dynamic_tree: use the 8-bit dynamic map, block-wise, instead of vector-wise int8.
         block_size: elements that share one absmax; a power of two from 32 to 4096.
         stochastic: round stochastically.
-        outlier_threshold: quantile of absolute values above which a column stays in 16 bit (LLM.int8()).
+        outlier_threshold: which columns stay in 16 bit (LLM.int8()). Up to 1 a quantile of the columns' largest
+            magnitudes, so that 0.99 keeps the largest hundredth of them; above 1 a magnitude, as bitsandbytes'
+            ``llm_int8_threshold=6.0``; 0 keeps none.
         nested_quantization: quantize the scales too.
         quant_type: ``"nf4"`` or ``"fp4"``, the 4-bit map.
+        rule: ``"cpu"`` or ``"cuda"``: which code a value between two gets, where bitsandbytes decides otherwise on a
+            CPU than on a GPU (``"fp4"``, the 8-bit map and so nested scales). Ours is the same on both.
     """
 
     bits: int = 8
@@ -103,6 +89,7 @@ class BitsAndBytesConfig:
     outlier_threshold: float = 0.99
     nested_quantization: bool = False
     quant_type: str = "nf4"
+    rule: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or isinstance(self.bits, bool):
@@ -111,8 +98,13 @@ class BitsAndBytesConfig:
             raise ValueError(f"block_size={self.block_size!r} is not allowed; use a power of two from 32 to 4096")
         for name in ("dynamic_tree", "stochastic", "nested_quantization"):
             check_bool(name, getattr(self, name))
-        check_fraction("outlier_threshold", self.outlier_threshold, include_one=True)
+        threshold = self.outlier_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+            raise ValueError(
+                f"outlier_threshold={threshold!r} is not allowed; use a quantile from 0 to 1 or a magnitude above 1"
+            )
         check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
+        check_choice("rule", self.rule, ("cpu", "cuda"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,9 @@ class QuantizationConfig:
         bits: 2 to 16 for integers; None means the scheme's own.
         symmetric: codes around zero; asymmetric ones are ``0 .. 2**bits - 1`` with an integer zero point.
         per_channel: one scale for each output channel instead of one for the tensor.
-        group_size: one scale for each run of this many weights of an output channel.
+        group_size: one scale for each run of this many weights of an output channel; of ``"nf4"``, ``"fp4"`` and
+            ``"dynamic_tree"`` the block size, which need not divide anything (64, 64 and 256 if neither this nor
+            ``bnb`` says).
         calibration_samples: how many samples calibration looks at; None means all it is given.
         bnb: settings of the bitsandbytes formats.
         observer: how the range is found: ``"min_max"``, ``"moving_average"``, ``"percentile"``,
@@ -149,7 +143,7 @@ class QuantizationConfig:
     dynamic_range: str = "token"
 
     def __post_init__(self) -> None:
-        name, bits = _scheme_bits(self.scheme, self.bits)
+        name, bits = check_scheme_bits(self.scheme, self.bits)
         object.__setattr__(self, "scheme", QuantizationScheme._value2member_map_.get(name, name))
         object.__setattr__(self, "bits", bits)
         check_bool("symmetric", self.symmetric)
@@ -162,11 +156,25 @@ class QuantizationConfig:
         if self.observer is not None:
             check_choice("observer", self.observer, OBSERVER_NAMES)
         check_fraction("observer_momentum", self.observer_momentum, include_one=False)
+        if self.scheme in _FIXED_GRIDS:
+            self._check_fixed_grid()
         if check_choice("dynamic_range", self.dynamic_range, DYNAMIC_RANGES) == "tensor" and not self.dynamic:
             raise ValueError(
                 f"dynamic_range='tensor' is not allowed with scheme={str(self.scheme)!r}, whose ranges are not found "
                 "at run time; use scheme='dynamic'"
             )
+
+    def _check_fixed_grid(self) -> None:
+        shared, name = _FIXED_GRIDS[self.scheme], str(self.scheme)
+        wrong = {
+            "symmetric=False": not self.symmetric,
+            "per_channel=True": self.per_channel and shared == "blocks",
+            f"group_size={self.group_size}": self.group_size is not None and shared == "rows",
+            f"observer={self.observer!r}": self.observer not in (None, "min_max"),
+        }
+        if any(wrong.values()):
+            what = next(text for text, given in wrong.items() if given)
+            raise ValueError(f"{what} is not allowed with scheme={name!r}, whose grid is symmetric in {shared}")
 
     @property
     def dynamic(self) -> bool:
@@ -194,6 +202,7 @@ class QATConfig:
         group_size: weights of an output channel that share a scale.
         weight_observer, activation_observer: how ranges are found.
         fold_batchnorm: fold BatchNorm that directly follows a layer into it on conversion.
+        bnb: settings of the bitsandbytes formats.
 
     A step is an optimizer step (``1000``), a fraction of the run (``0.3``) or epochs (``"3 epochs"``).
     """
@@ -214,6 +223,7 @@ class QATConfig:
     weight_observer: str = "min_max"
     activation_observer: str = "moving_average"
     fold_batchnorm: bool = True
+    bnb: BitsAndBytesConfig | None = None
 
     def __post_init__(self) -> None:
         # A scheme of 4 bits under the default of 8 means its own 4; a given 8 is a contradiction.
@@ -251,12 +261,15 @@ class QATConfig:
             per_channel=self.per_channel,
             group_size=self.group_size,
             observer=self.weight_observer,
+            bnb=self.bnb,
         )
 
     def activation_config(self) -> QuantizationConfig | None:
         """Return what the input of a layer gets, or None for weight-only."""
         if self.activation_bits is None:
             return None
+        if self.scheme == QuantizationScheme.LLM_INT8:
+            return QuantizationConfig(QuantizationScheme.LLM_INT8, bits=self.activation_bits, bnb=self.bnb)
         return QuantizationConfig(
             QuantizationScheme.DYNAMIC if self.activation_dynamic else QuantizationScheme.INT8,
             bits=self.activation_bits,
@@ -276,6 +289,10 @@ PRESETS: dict[str, QATConfig] = {
     "w4a8": QATConfig("int4", per_channel=True),
     "w4a16": QATConfig("int4", group_size=128, activation_bits=None),
     "w4a4": QATConfig("int4", per_channel=True, activation_bits=4),
+    "nf4": QATConfig("nf4", activation_bits=None, bnb=BitsAndBytesConfig(bits=4, block_size=64)),
+    "fp4": QATConfig("fp4", activation_bits=None, bnb=BitsAndBytesConfig(bits=4, block_size=64, quant_type="fp4")),
+    "dynamic_tree": QATConfig("dynamic_tree", activation_bits=None, bnb=BitsAndBytesConfig(dynamic_tree=True)),
+    "llm_int8": QATConfig("llm_int8", bnb=BitsAndBytesConfig(outlier_threshold=6.0)),
 }
 
 
@@ -367,6 +384,7 @@ def resolve_plan(plan: PlanLike) -> QuantizationPlan:
             group_size=plan.group_size,
             activation_bits=None,
             weight_observer=plan.observer or "min_max",
+            bnb=plan.bnb,
         )
         return QuantizationPlan(base=base)
     raise ValueError(

@@ -9,26 +9,36 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def quantization_error(original: Tensor, quantized: Tensor) -> Tensor:
-    """Return the mean squared difference, a float64 scalar.
+def quantization_error(original: Any, quantized: Any) -> Tensor:
+    """Return the mean squared difference, a float64 scalar, computed in float64. NaN and inf are not left out.
+
+    Args:
+        original: a real tensor, or an object with ``dequantize()``, such as a ``QuantizedTensor``.
+        quantized: likewise, of the same shape.
 
     Raises:
-        ValueError: the shapes differ, or there is nothing to compare.
+        TypeError: one of them is neither.
+        ValueError: the shapes differ, a tensor is complex, or there is nothing to compare.
     """
-    _check_pair(original, quantized)
+    original, quantized = _pair(original, quantized)
     return (original.double() - quantized.double()).square().mean()
 
 
-def sqnr(original: Tensor, quantized: Tensor) -> Tensor:
-    """Return the signal-to-quantization-noise ratio in dB, a float64 scalar.
+def sqnr(original: Any, quantized: Any) -> Tensor:
+    """Return the signal-to-quantization-noise ratio in dB, a float64 scalar without a gradient.
 
-    ``10 log10(sum(original^2) / sum((original - quantized)^2))``: infinite for equal tensors, minus infinite
-    where an original of zeros was changed.
+    ``10 log10(sum(original^2) / sum((original - quantized)^2))`` in float64: infinite for equal tensors (of zeros,
+    too), minus infinite where an original of zeros was changed.
+
+    Args:
+        original: a real tensor, or an object with ``dequantize()``, such as a ``QuantizedTensor``.
+        quantized: likewise, of the same shape.
 
     Raises:
-        ValueError: the shapes differ, or there is nothing to compare.
+        TypeError: one of them is neither.
+        ValueError: the shapes differ, a tensor is complex, or there is nothing to compare.
     """
-    _check_pair(original, quantized)
+    original, quantized = _pair(original, quantized)
     signal, noise = _energies(original, quantized)
     return _decibel(signal, noise)
 
@@ -48,9 +58,9 @@ class SQNR(Metric):
         self.add_state("signal", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, original: Tensor, quantized: Tensor) -> None:
+    def update(self, original: Any, quantized: Any) -> None:
         """Add a batch; the two have the same shape."""
-        _check_pair(original, quantized)
+        original, quantized = _pair(original, quantized)
         signal, noise = _energies(original, quantized)
         self.signal += signal
         self.noise += noise
@@ -75,9 +85,9 @@ class QuantizationError(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, original: Tensor, quantized: Tensor) -> None:
+    def update(self, original: Any, quantized: Any) -> None:
         """Add a batch; the two have the same shape."""
-        _check_pair(original, quantized)
+        original, quantized = _pair(original, quantized)
         self.total += (original.double() - quantized.double()).square().sum()
         self.count += original.numel()
 
@@ -109,7 +119,7 @@ class Agreement(Metric):
 
     def update(self, original: Tensor, quantized: Tensor) -> None:
         """Add the logits of a batch; the two have the same shape."""
-        _check_pair(original, quantized)
+        original, quantized = _pair(original, quantized)
         same = original.argmax(self.dim) == quantized.argmax(self.dim)
         self.same += same.sum()
         self.count += same.numel()
@@ -119,10 +129,23 @@ class Agreement(Metric):
         return self.same / self.count
 
 
-def _check_pair(original: Tensor, quantized: Tensor) -> None:
+def _values(field_name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.is_quantized:
+        if not callable(getattr(value, "dequantize", None)):
+            raise TypeError(f"{field_name} is a {type(value).__name__}; use a tensor or an object with dequantize()")
+        value = value.dequantize()
+    if value.is_complex():
+        raise ValueError(f"{field_name} has dtype {value.dtype}; use real tensors, such as torch.view_as_real(x)")
+    return value
+
+
+def _pair(original: Any, quantized: Any) -> tuple[Tensor, Tensor]:
+    """Return both as real tensors of one shape, not empty."""
+    original, quantized = _values("original", original), _values("quantized", quantized)
     if original.shape != quantized.shape or original.numel() == 0:
         shapes = f"{tuple(original.shape)} and {tuple(quantized.shape)}"
         raise ValueError(f"original and quantized must have the same shape and at least one element; got {shapes}")
+    return original, quantized
 
 
 def _energies(original: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable
+from importlib.metadata import entry_points
 from typing import Any, TypeAlias, Union
 
 #: An optimizer step (``1000``), a fraction of the run (``0.3``), epochs (``"3 epochs"``).
@@ -63,3 +64,40 @@ def check_step(field_name: str, step: Any) -> Step:
         return step
     ways = "an optimizer step (1000), a fraction of the run (0.3) or epochs ('3 epochs')"
     raise ValueError(f"{field_name}={step!r} is not allowed; use {ways}")
+
+
+#: Entry points of other packages that hold number formats: ``name = "package.module"``, importing which registers them.
+ENTRY_POINT_GROUP = "lightning_qat.schemes"
+
+#: Registry of scheme name -> its own bits, the fewest and the most; ``schemes.register_scheme`` adds to it.
+SCHEME_BITS: dict[str, tuple[int, int, int]] = {
+    "int8": (8, 2, 16),
+    "int4": (4, 4, 4),
+    "nf4": (4, 4, 4),
+    "fp4": (4, 4, 4),
+    "llm_int8": (8, 8, 8),
+    "dynamic_tree": (8, 8, 8),
+    "dynamic": (8, 2, 16),
+    "gptq": (4, 2, 8),
+    "awq": (4, 2, 8),
+}
+
+
+def load_entry_point(scheme: str) -> None:
+    """Import what another installed package registers as ``scheme``; nothing where none does."""
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=scheme):
+        entry.load()
+
+
+def check_scheme_bits(scheme: Any, bits: int | None) -> tuple[str, int]:
+    """Return a scheme's name and its bits, its own where ``bits`` is None; raise ``ValueError`` if they do not fit."""
+    if isinstance(scheme, str) and str(scheme) not in SCHEME_BITS:
+        load_entry_point(str(scheme))
+    name = check_choice("scheme", scheme, SCHEME_BITS)
+    own, fewest, most = SCHEME_BITS[name]
+    if bits is None:
+        return name, own
+    if isinstance(bits, bool) or not isinstance(bits, int) or not fewest <= bits <= most:
+        span = str(fewest) if fewest == most else f"{fewest} to {most}"
+        raise ValueError(f"bits={bits!r} is not allowed with scheme={name!r}; it takes {span}")
+    return name, int(bits)

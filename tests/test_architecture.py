@@ -40,7 +40,7 @@ THIRD_PARTY = {
     "formats": {"torch", "safetensors", "onnx"},
     # Metrics of the user's module are left as they were by calibration, so callbacks know what a metric is.
     "callbacks": {"torch", "lightning", "torchmetrics"},
-    "testing": {"torch", "lightning", "pytest"},
+    "testing": {"torch", "lightning", "pytest", "safetensors"},
     "metrics": {"torch", "torchmetrics"},
     "tracking": {"lightning", "wandb"},
     "report": {"matplotlib", "jinja2", "rich"},

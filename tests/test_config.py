@@ -63,6 +63,7 @@ def test_defaults_of_bitsandbytes_config() -> None:
         "outlier_threshold": 0.99,
         "nested_quantization": False,
         "quant_type": "nf4",
+        "rule": "cpu",
     }
 
 
@@ -121,7 +122,7 @@ def test_configs_are_frozen(config: Any) -> None:
         (BitsAndBytesConfig, "bits", 5, "4 and 8"),
         (BitsAndBytesConfig, "block_size", 100, "power of two"),
         (BitsAndBytesConfig, "dynamic_tree", 1, "True or False"),
-        (BitsAndBytesConfig, "outlier_threshold", 1.5, "[0, 1]"),
+        (BitsAndBytesConfig, "outlier_threshold", -0.5, "a quantile from 0 to 1"),
         (BitsAndBytesConfig, "quant_type", "nf5", "'nf4'"),
     ],
 )

@@ -70,6 +70,50 @@ def test_unequal_shapes_and_nothing_are_errors(function: object) -> None:
         function(torch.ones(0), torch.ones(0))
 
 
+class Stored:
+    """What a quantized tensor looks like from outside."""
+
+    def __init__(self, codes: torch.Tensor, scale: float) -> None:
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self) -> torch.Tensor:
+        return self.codes * self.scale
+
+
+def test_quantized_tensors_are_compared_by_their_values() -> None:
+    original = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    scale = float(original.abs().max() / 127)
+    stored = Stored((original / scale).round().char(), scale)
+    for function in (sqnr, quantization_error):
+        assert function(original, stored) == function(original, stored.dequantize())
+        assert function(stored, original) == function(stored.dequantize(), original)
+    assert float(sqnr(stored, stored)) == math.inf
+    assert 30 < float(sqnr(original, stored)) < 60
+    metric = SQNR()
+    metric.update(original, stored)
+    assert metric.compute() == sqnr(original, stored)
+    assert float(sqnr(original, torch.quantize_per_tensor(original, scale, 0, torch.qint8))) > 30  # torch's own
+
+
+def test_sums_do_not_round_in_float32() -> None:
+    # 2**24 + 1 is no float32: sums of squares in float32 would stand still.
+    n = 2**24 + 2
+    ones = torch.ones(n)
+    assert float(quantization_error(ones, torch.zeros(n))) == 1
+    assert float(sqnr(ones, ones * 0.5)) == pytest.approx(20 * math.log10(2), rel=1e-15)
+    wide = torch.tensor([1.0, 1e-30])
+    assert float(quantization_error(wide, torch.tensor([1.0, 0.0]))) == pytest.approx(5e-61, rel=1e-6)
+
+
+@pytest.mark.parametrize("function", [sqnr, quantization_error])
+def test_what_is_no_real_tensor_is_an_error(function: object) -> None:
+    assert callable(function)
+    with pytest.raises(TypeError, match="quantized is a list"):
+        function(torch.ones(2), [1.0, 1.0])
+    with pytest.raises(ValueError, match="original has dtype torch.complex64"):
+        function(torch.ones(2, dtype=torch.complex64), torch.ones(2))
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), seeds)
 def test_metrics_over_batches_equal_the_whole(sizes: list[int], seed: int) -> None:
     a, b = pair([sum(sizes), 4], seed, noise=1.0)

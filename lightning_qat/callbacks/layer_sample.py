@@ -119,13 +119,16 @@ def _measured(kept: _Kept) -> Tensor:
     """Return the numbers of ``MEASURED``, float32 on the tensor's device."""
     fmt, scheme, x = kept.fmt, get_scheme(kept.fmt.scheme), kept.values
     given = (kept.scale, kept.zero_point, fmt)
-    codes = scheme.quantize(x, *given)
-    values = scheme.dequantize(codes, *given, torch.float32)
-    wide = x.float()
+    wide, codes = x.float(), None
+    if isinstance(scheme, IntegerScheme):
+        codes = scheme.quantize(x, *given)
+        values = scheme.dequantize(codes, *given, torch.float32)
+    else:
+        values = scheme.fake_quantize(x, *given).float()
     noise, signal = (wide - values).square().sum(), wide.square().sum()
     clipped = torch.full_like(signal, torch.nan)
     zeros = values.eq(0).float().mean()
-    if isinstance(scheme, IntegerScheme):
+    if codes is not None:
         clipped = _clipped(wide, values, codes, kept)
     # 0 / 0, nothing there and nothing lost, is no loss.
     ratio = 10 * torch.log10(torch.where(noise == 0, torch.full_like(signal, torch.inf), signal / noise))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_qat.config import PlanLike
 from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
 from lightning_qat.nn.single import init_from
-from lightning_qat.schemes import get_scheme
+from lightning_qat.schemes import get_scheme, rows_of_scale
 
 
 class QATEmbedding(QATLayer, nn.Embedding):
@@ -46,10 +46,10 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         index = input.reshape(-1)
         scheme = get_scheme(fmt.scheme)
         codes = scheme.unpack(packed.reshape(rows, -1)[index].reshape(-1), torch.Size((index.numel(), features)), fmt)
-        scale, zero_point = self.weight_scale, self.weight_zero_point
+        scale = self.scale
+        zero_point: Tensor | None = self.weight_zero_point
         if scale.dim():
-            scale = scale[index]
-            zero_point = None if zero_point is None else zero_point[index]
+            scale, zero_point = rows_of_scale(scale, zero_point, index, fmt, self.weight_shape)
         values = scheme.dequantize(codes, scale, zero_point, fmt, self.weight_dtype)
         return values.reshape(*input.shape, features)
 

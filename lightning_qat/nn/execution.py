@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from lightning_qat.nn.region import RegionTensor
 from lightning_qat.ops.integer_linear import MAX_TERMS, CodeRange, code_range
-from lightning_qat.schemes import IntegerScheme, TensorFormat, get_scheme
+from lightning_qat.schemes import IntegerScheme, LLMInt8Scheme, TensorFormat, get_scheme
 
 if TYPE_CHECKING:
     from lightning_qat.nn.layer import QuantizedLayer
@@ -108,7 +108,13 @@ def reference_reason(layer: QuantizedLayer) -> str | None:
         return f"computes in {str(layer.weight_dtype).removeprefix('torch.')}"
     if layer.weight_shape.numel() == 0:
         return "no weights"
+    if _is_llm_int8(weight) and isinstance(layer, nn.Linear) and grid is not None and _is_llm_int8(grid):
+        return None if layer.weight_shape[1] <= MAX_TERMS else f"sums of more than {MAX_TERMS} products"
     return _weight_reason(weight, layer) or (None if grid is None else _input_reason(grid))
+
+
+def _is_llm_int8(fmt: TensorFormat) -> bool:
+    return type(get_scheme(fmt.scheme)) is LLMInt8Scheme
 
 
 def _weight_reason(fmt: TensorFormat, layer: QuantizedLayer) -> str | None:

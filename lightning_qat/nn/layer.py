@@ -20,9 +20,10 @@ from lightning_qat.config import QuantizationConfig
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.execution import KernelCache, reference_reason
 from lightning_qat.nn.recompute import LayerFunction, fake_quantize_again, made_again_in_backward
-from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, WeightQuantizer, dynamic_parameters
+from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, dynamic_parameters
 from lightning_qat.quantizers.state import KeepsDtype
-from lightning_qat.schemes import TensorFormat, get_scheme
+from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
+from lightning_qat.schemes import TensorFormat, blocks_end_with_rows, get_scheme
 
 
 class _Adopting(nn.Module):
@@ -78,7 +79,8 @@ class QuantizedLayer(_Adopting, KeepsDtype):
 
     Attributes:
         weight_packed: codes as the scheme stores them.
-        weight_scale, weight_zero_point: one for each tensor, channel or group.
+        weight_scale, weight_zero_point: one for each tensor, channel, group or block; a nested scale is codes, with
+            ``weight_scale_absmax`` and ``weight_scale_offset``. :attr:`scale` is what they stand for.
         input_scale, input_zero_point: of a calibrated input; None for weight-only and dynamic ranges.
         weight_format, input_format: how to read them.
         weight_shape, weight_dtype: of the float weight.
@@ -118,11 +120,16 @@ class QuantizedLayer(_Adopting, KeepsDtype):
         """The integer codes, in the shape of the float weight."""
         return get_scheme(self.weight_format.scheme).unpack(self.weight_packed, self.weight_shape, self.weight_format)
 
+    @property
+    def scale(self) -> Tensor:
+        """The weight's scale that values are computed with."""
+        start = "weight_scale"
+        stored = {name.removeprefix(start): t for name, t in self._buffers.items() if name.startswith(start)}
+        return get_scheme(self.weight_format.scheme).read_scale(stored, self.weight_format)  # type: ignore[arg-type]
+
     def _dequantized_weight(self) -> Tensor:
         scheme = get_scheme(self.weight_format.scheme)
-        return scheme.dequantize(
-            self.codes, self.weight_scale, self.weight_zero_point, self.weight_format, self.weight_dtype
-        )
+        return scheme.dequantize(self.codes, self.scale, self.weight_zero_point, self.weight_format, self.weight_dtype)
 
     #: The weight that the codes stand for, computed at every access: no float copy is kept.
     weight: Any = property(_dequantized_weight)
@@ -269,7 +276,14 @@ def make_qat(layer: nn.Module, weight: QuantizationConfig, activation: Quantizat
             f"together; leave it in float with LayerRule({name!r})"
         )
     facts: Any = qat_class
+    if activation is not None and activation.scheme == "llm_int8" and facts.spatial_dims is not None:
+        activation = None  # tokens have outliers in columns; images do not
     weight_quantizer = WeightQuantizer(weight, tensor, name, facts.channel_axis)
+    if issubclass(qat_class, nn.Embedding) and not blocks_end_with_rows(tensor.shape, weight_quantizer.format):
+        raise ValueError(
+            f"layer {name!r} looks single rows up, so blocks have to divide a row of {tensor.shape[1]} and scales "
+            f"cannot be nested: {weight_quantizer.extra_repr()}; use a group_size that divides it, without nesting"
+        )
     input_quantizer = None
     if activation is not None and facts.quantizes_input:
         input_quantizer = ActivationQuantizer(activation, name, facts.spatial_dims).to(tensor.device)
@@ -303,7 +317,8 @@ def make_quantized(
         layer: a float layer (not a prepared one).
         weight_format: how to read the weight's tensors.
         input_format: how to read the input's; None means weight-only.
-        tensors: ``weight_packed``, ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``.
+        tensors: ``weight_packed``, ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``, and
+            what else the scheme stores of a scale.
         weight_shape: of the float weight.
         weight_dtype: of the float weight.
         feeds_one_layer: see :class:`QuantizedLayer`.

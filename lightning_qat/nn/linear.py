@@ -25,6 +25,8 @@ from lightning_qat.ops.integer_linear import (
     multiply_codes,
     pack_linear,
 )
+from lightning_qat.ops.outlier_linear import outlier_linear, pack_with_outliers
+from lightning_qat.schemes import get_scheme
 
 
 class QATLinear(QATLayer, nn.Linear):
@@ -57,7 +59,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         kernel = self._kernel(input)
         if kernel is not None:
             return kernel(input, self.bias)
-        return F.linear(self.quantized_input(input), self.weight, self.bias)
+        input, fmt = self.quantized_input(input), self.weight_format
+        if fmt.block_size is None or input.dtype != self.weight_dtype:
+            return F.linear(input, self.weight, self.bias)
+        held = (self.weight_packed, self.scale, self.weight_zero_point, self.weight_shape, fmt)
+        return get_scheme(fmt.scheme).linear(input, *held, self.bias)
 
     def _integer_execution(self) -> str:
         fmt = self.input_format
@@ -67,6 +73,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return "reference: no exact integer kernel on this CPU"
         if fmt is None:
             return self._weight_only_execution()
+        if fmt.scheme == "llm_int8":
+            return "onednn int8 per token, outliers in float"
         if not fmt.dynamic:
             return "onednn int8"
         if fmt.dynamic_range == "tensor":
@@ -113,6 +121,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         if fmt is None:
             digits = pack_digits(weight_values(self), self.weight_scale, self.weight_format.group_size)
             return lambda x, bias: digit_linear(x, digits, bias)
+        if fmt.scheme == "llm_int8":
+            parts = pack_with_outliers(self.codes, self.scale)
+            return lambda x, bias: outlier_linear(x, fmt.outlier_threshold, parts, bias)
         weight = pack_linear(weight_values(self), self.weight_scale)
         if fmt.dynamic and fmt.dynamic_range == "tensor":
             return lambda x, bias: integer_linear_per_tensor(x, fmt.bits, fmt.symmetric, weight, bias)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.workspace import passing_results
-from lightning_qat.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+from lightning_qat.quantizers.debug import tell
+from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
+from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
 from lightning_qat.schemes import TensorFormat
 
 
@@ -60,6 +62,8 @@ def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tupl
         if found is not None:
             again = _Again(source, found[2], quantizer)
             again.kept = found[1]
+            if quantizer.debug_callback is not None:
+                tell(quantizer, source, found[1], found[2])
             return found[0], again if torch.is_grad_enabled() else None
     parameters = None if quantizer is None else quantizer.parameters_now(source)
     if quantizer is None or parameters is None:
@@ -71,6 +75,8 @@ def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tupl
     covered = isinstance(quantizer, WeightQuantizer) and quantizer.covers_weight
     with passing_results():
         quantized = quantizer.scheme.fake_quantize_through(source, *parameters, covered=covered)
+    if quantizer.debug_callback is not None:
+        tell(quantizer, source, quantized, parameters)
     return quantized, _Again(source, parameters, quantizer) if torch.is_grad_enabled() else None
 
 

@@ -19,13 +19,16 @@ def dynamic_parameters(x: Tensor, fmt: TensorFormat, spatial_dims: int | None) -
         fmt: bits, symmetry, and what a range covers.
         spatial_dims: of a convolution, whose ranges are per sample where others are per token; None otherwise.
     """
+    scheme = get_scheme(fmt.scheme)
+    if scheme.finds_ranges:
+        return x.new_ones((), dtype=torch.float32), x.new_zeros((), dtype=torch.int32), fmt
     if fmt.dynamic_range == "tensor":
         low, high = (bound.float() for bound in torch.aminmax(x))
-        return *get_scheme(fmt.scheme).parameters(low, high, fmt), fmt
+        return *scheme.parameters(low, high, fmt), fmt
     dims, keep = [-1], True
     if spatial_dims is not None:
         batched = x.dim() == spatial_dims + 2
         dims, keep = list(range(1 if batched else 0, x.dim())), False
         fmt = replace(fmt, axis=0 if batched else None)
     low, high = (bound.float() for bound in (x.amin(dims, keepdim=keep), x.amax(dims, keepdim=keep)))
-    return *get_scheme(fmt.scheme).parameters(low, high, fmt), fmt
+    return *scheme.parameters(low, high, fmt), fmt

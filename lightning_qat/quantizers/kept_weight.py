@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_qat.schemes import TensorFormat
 
 if TYPE_CHECKING:
-    from lightning_qat.quantizers.fake_quantizer import WeightQuantizer
+    from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
 
 #: Scale, zero point, format.
 Parameters = tuple[Tensor, Tensor, TensorFormat]

@@ -8,19 +8,20 @@ from torch import Tensor
 from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine
 from lightning_qat.ops.fake_quantize import fake_quantize, fake_quantize_backward_op, quant_range
 from lightning_qat.ops.layout import resolve_layout
-from lightning_qat.ops.packing import pack_bits, unpack_bits
+from lightning_qat.ops.stochastic import quantize_affine_stochastically
 from lightning_qat.ops.straight_through import fake_quantize_through
-from lightning_qat.schemes.base import Scheme, TensorFormat, _register
-
-
-def _stored_whole(fmt: TensorFormat) -> bool:
-    """Whether the codes fill an integer type of their own: they then keep their shape on disk."""
-    return fmt.bits == 8 or (fmt.bits == 16 and fmt.symmetric)
+from lightning_qat.schemes.base import Scheme, _register
+from lightning_qat.schemes.format import TensorFormat
 
 
 @_register("int8", "int4", "dynamic")
 class IntegerScheme(Scheme):
     """``value = (code - zero_point) * scale`` on the grids of :func:`lightning_qat.ops.quant_range`."""
+
+    changes_bits = True
+    folds_norms = True
+    searches_ranges = True
+    takes_inputs = True
 
     def parameters(self, low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
         scale, zero_point = choose_scale_zero_point(low, high, bits=fmt.bits, symmetric=fmt.symmetric)
@@ -68,18 +69,27 @@ class IntegerScheme(Scheme):
             group_size=fmt.group_size,
         )
 
+    def quantize_stochastically(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        fmt: TensorFormat,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return quantize_affine_stochastically(
+            x,
+            scale,
+            None if fmt.symmetric else zero_point,
+            bits=fmt.bits,
+            symmetric=fmt.symmetric,
+            axis=fmt.axis,
+            group_size=fmt.group_size,
+            generator=generator,
+        )
+
     def dequantize(
         self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat, dtype: torch.dtype
     ) -> Tensor:
         zero = None if fmt.symmetric else zero_point
         return dequantize_affine(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size, dtype=dtype)
-
-    def pack(self, codes: Tensor, fmt: TensorFormat) -> Tensor:
-        if _stored_whole(fmt):
-            return codes.clone()
-        return pack_bits(codes, fmt.bits, signed=fmt.symmetric)
-
-    def unpack(self, packed: Tensor, shape: torch.Size, fmt: TensorFormat) -> Tensor:
-        if _stored_whole(fmt):
-            return packed.reshape(shape)
-        return unpack_bits(packed, fmt.bits, shape, signed=fmt.symmetric)

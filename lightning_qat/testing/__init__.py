@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_qat.testing.parity import assert_convert_parity
     from lightning_qat.testing.ranks import assert_rank_equal
     from lightning_qat.testing.resume import assert_resume_exact
+    from lightning_qat.testing.scheme import check_scheme
 
 # The plugin is imported by every test run of an environment; Lightning is not, until one of these is used.
 _LAZY = {
@@ -21,6 +22,7 @@ _LAZY = {
     "assert_convert_parity": "parity",
     "assert_rank_equal": "ranks",
     "assert_resume_exact": "resume",
+    "check_scheme": "scheme",
 }
 
 
@@ -35,4 +37,5 @@ __all__ = [
     "assert_convert_parity",
     "assert_rank_equal",
     "assert_resume_exact",
+    "check_scheme",
 ]

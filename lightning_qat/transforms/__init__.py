@@ -10,6 +10,7 @@ from lightning_qat.transforms.checkpoint import (
     save_quantized,
 )
 from lightning_qat.transforms.convert import convert
+from lightning_qat.transforms.dynamic import quantize_dynamic
 from lightning_qat.transforms.float_checkpoint import float_checkpoint
 from lightning_qat.transforms.parity import check_parity
 from lightning_qat.transforms.phase import Phase, apply_phase, set_bits
@@ -35,6 +36,7 @@ __all__ = [
     "parity_report",
     "prepare",
     "quantization_statistics",
+    "quantize_dynamic",
     "read_certificate",
     "save_quantized",
     "set_bits",

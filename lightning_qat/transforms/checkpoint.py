@@ -44,6 +44,8 @@ TENSORS = "model.safetensors"
 MANIFEST = "manifest.json"
 
 _QUANTIZED_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+#: Of nested scales; other layers do not have them.
+_NESTED_TENSORS = ("weight_scale_absmax", "weight_scale_offset")
 _EXTRA_STATE = "_extra_state"
 
 
@@ -274,6 +276,7 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
         entry = manifest["layers"][name]
         prefix = f"{name}." if name else ""
         held = {key: tensors.get(prefix + key) for key in _QUANTIZED_TENSORS}
+        held |= {key: tensors[prefix + key] for key in _NESTED_TENSORS if prefix + key in tensors}
         if prefix + "bias" in tensors and getattr(layer, "bias", None) is None:
             layer.register_parameter("bias", nn.Parameter(tensors[prefix + "bias"].clone(), requires_grad=False))
         make_quantized(

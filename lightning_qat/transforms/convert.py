@@ -154,7 +154,10 @@ def _strip_reparametrization(layer: nn.Module) -> None:
 def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
     weight, quantizer = _float_weight(layer), layer.weight_quantizer
     scale, zero_point = (t.clone() for t in quantizer.parameters_for(weight))
-    if not bool(torch.isfinite(scale).all()):
+    # An infinite weight leaves a finite scale: ranges are cut at the largest float32.
+    if weight.numel() and not bool(
+        torch.isfinite(torch.stack(torch.aminmax(weight))).all() & torch.isfinite(scale).all()
+    ):
         raise ValueError(f"the weight of layer {name!r} holds NaN or inf; train from a checkpoint before it broke")
     fmt = quantizer.format
     codes = get_scheme(fmt.scheme).quantize(weight, scale, zero_point, fmt)
@@ -167,8 +170,9 @@ def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
         factor, shift = norm_factor_and_shift(norm, layer.bias)  # type: ignore[arg-type]
         codes, scale, zero_point, fmt = _fold_into_codes(codes, scale, zero_point, factor, fmt, axis)
         layer.register_parameter("bias", nn.Parameter(shift.to(weight.dtype), requires_grad=False))
-    packed = get_scheme(fmt.scheme).pack(codes, fmt)
-    tensors |= {"weight_packed": packed, "weight_scale": scale, "weight_zero_point": zero_point}
+    scheme = get_scheme(fmt.scheme)
+    tensors |= {"weight_packed": scheme.pack(codes, fmt), "weight_zero_point": zero_point}
+    tensors |= {f"weight_scale{end}": tensor for end, tensor in scheme.store_scale(scale, fmt).items()}
     if fmt.symmetric:
         tensors["weight_zero_point"] = None
     if input_format is not None and input_format.symmetric:

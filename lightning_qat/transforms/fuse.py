@@ -41,7 +41,7 @@ def decide_no_folding(model: nn.Module) -> None:
 
 
 def _can_take_in(layer: QATLayer, norm: nn.Module, output_dims: int | None) -> bool:
-    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None or not layer.weight_quantizer.scheme.folds_norms:
         return False
     if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return False  # one with an activation of its own, say

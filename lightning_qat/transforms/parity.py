@@ -29,7 +29,8 @@ from lightning_qat.transforms.calibrate import _call
 from lightning_qat.transforms.certificate import LayerParity, ParityReport, attach_report
 from lightning_qat.transforms.comparison import OutputSums, PowerSums
 from lightning_qat.transforms.convert import _float_weight, _norm_of
-from lightning_qat.transforms.prepare import qat_layers
+from lightning_qat.transforms.fuse import trace_folds, undecided_layers
+from lightning_qat.transforms.prepare import copy_model, qat_layers
 
 #: Same code and scale: a relative 3e-7. Another code of 16 bits: 3e-5 and more.
 _SAME_WEIGHT = 1e-5
@@ -55,13 +56,13 @@ class _Pair:
         fmt, scheme = quantizer.format, get_scheme(quantizer.format.scheme)
         scale, zero_point = quantizer.parameters_for(weight)
         codes = scheme.quantize(weight, scale, zero_point, fmt)
-        expected = scheme.dequantize(codes, scale, zero_point, fmt, torch.float32)
+        expected = scheme.dequantize(codes, scheme.effective_scale(scale, fmt), zero_point, fmt, torch.float32)
         if self.norm is not None:
             shape = [1] * weight.dim()
             shape[self.trained.channel_axis] = -1
             expected *= norm_factor_and_shift(self.norm, None)[0].float().view(shape)
         layer, shipped = self.converted, get_scheme(self.converted.weight_format.scheme)
-        held = (layer.codes, layer.weight_scale, layer.weight_zero_point, layer.weight_format)
+        held = (layer.codes, layer.scale, layer.weight_zero_point, layer.weight_format)
         actual = shipped.dequantize(*held, torch.float32)
         if actual.shape != expected.shape:
             raise ValueError(f"layer {self.name!r} has another shape; converted must come from convert(trained)")
@@ -82,8 +83,12 @@ class _Pair:
 
 
 def _pair_layers(trained: nn.Module, converted: nn.Module) -> list[_Pair]:
-    modules = dict(converted.named_modules())
-    found = []
+    modules, found = dict(converted.named_modules()), []
+    decided = dict(qat_layers(trained))
+    if undecided_layers(trained):  # it never ran a batch that tells what follows a layer: conversion traced a copy too
+        replica = copy_model(trained)
+        trace_folds(replica)
+        decided = dict(qat_layers(replica))
     for name, layer in qat_layers(trained):
         other = modules.get(name)
         if not isinstance(other, QuantizedLayer):
@@ -94,7 +99,7 @@ def _pair_layers(trained: nn.Module, converted: nn.Module) -> list[_Pair]:
                 f"layer {name!r} still computes in float, so what it ships did not train; train past start_step, "
                 "or apply_phase(model, Phase()) to look at it quantized"
             )
-        found.append(_Pair(name, layer, _norm_of(trained, name, layer), other))
+        found.append(_Pair(name, layer, _norm_of(trained, name, decided[name]), other))
     if not found:
         raise ValueError(f"{type(trained).__name__} has no prepared layer; give check_parity the model that trained")
     return found

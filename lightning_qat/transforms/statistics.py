@@ -106,7 +106,7 @@ def _of_prepared(name: str, layer: QATLayer) -> LayerStatistics:
     fmt, scheme = quantizer.format, quantizer.scheme
     values = scheme.dequantize(
         scheme.quantize(weight, scale, zero_point, fmt),
-        scale,
+        scheme.effective_scale(scale, fmt),
         zero_point,
         fmt,
         torch.promote_types(weight.dtype, torch.float32),
@@ -121,7 +121,7 @@ def _of_prepared(name: str, layer: QATLayer) -> LayerStatistics:
 
 
 def _of_converted(name: str, layer: QuantizedLayer, weights: dict[str, Tensor]) -> LayerStatistics:
-    held = (layer.codes, layer.weight_scale, layer.weight_zero_point, layer.weight_format)
+    held = (layer.codes, layer.scale, layer.weight_zero_point, layer.weight_format)
     expected, sqnr_db = weights.get(name), None
     if expected is not None:
         values = get_scheme(layer.weight_format.scheme).dequantize(*held, torch.float32)
@@ -138,11 +138,13 @@ def _of_converted(name: str, layer: QuantizedLayer, weights: dict[str, Tensor]) 
 
 def _of_weight(scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> dict[str, Any]:
     shared = "tensor" if fmt.axis is None else "channel"
+    if fmt.group_size is not None or fmt.block_size is not None:
+        shared = f"group of {fmt.group_size}" if fmt.block_size is None else f"block of {fmt.block_size}"
     zero_point = None if fmt.symmetric else zero_point
     return {
         "scheme": str(fmt.scheme),
         "bits": fmt.bits,
-        "granularity": shared if fmt.group_size is None else f"group of {fmt.group_size}",
+        "granularity": shared,
         "scale": _kept(scale),
         "zero_point": None if zero_point is None else _kept(zero_point),
         "range": _range(scale, zero_point, fmt),

@@ -104,7 +104,7 @@ def test_the_model_itself_may_be_a_layer():
         (lq.QuantizationPlan([lq.LayerRule(nn.Conv1d, "int8")]), "match=Conv1d matches no layer.*Conv2d"),
         (lq.QATConfig("int4", group_size=3), r"4 % 3 != 0 \(layer 'head'\)|9 % 3|group_size"),
         (lq.QATConfig(learnable_step_size=True), "learnable_step_size"),
-        (lq.QuantizationConfig("nf4"), "'nf4' has no implementation in this version"),
+        (lq.QuantizationConfig("gptq"), "'gptq' has no implementation in this version"),
         ("in8", "preset='in8' is not known; use one of: 'int8'"),
     ],
 )

@@ -121,7 +121,7 @@ def test_layers_that_another_library_quantized_are_left_alone():
 
 
 def test_a_failure_half_way_leaves_the_model_in_float(monkeypatch):
-    from lightning_qat.quantizers.fake_quantizer import WeightQuantizer
+    from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
 
     model, calls = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), []
     derive = WeightQuantizer._derive

@@ -1,0 +1,341 @@
+"""The CPU kernels of the codebook formats: exact lookups in small pieces, equal to the definition bit for bit.
+
+A search among thresholds costs 20 ns an element. Here a ratio becomes the number of one of 65,536 equal cells, which
+three cheap passes compute, and a table has the code of each cell. The 8-bit map's CPU rule *is* such a table. With
+4 bits the few cells in which a threshold lies are marked, and what is in them (3 in 10,000 normal values) is searched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_qat.ops.codebook import (
+    EDGE,
+    choose_codes,
+    codebook_dequantize_op,
+    codebook_fake_quantize_backward_op,
+    codebook_fake_quantize_op,
+    codebook_quantize_op,
+    reference_absmax,
+    reference_fake_quantize_backward,
+)
+from lightning_qat.ops.codebook_tables import (
+    CODEBOOK_BITS,
+    bin_codes,
+    divides_last_block,
+    dynamic_tree_step_codes,
+    least_absmax,
+    thresholds,
+    zero_code,
+)
+from lightning_qat.ops.codebook_tables import (
+    codebook as codebook_values,
+)
+from lightning_qat.ops.layout import empty_result, match_layout
+from lightning_qat.ops.workspace import advise_huge_pages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Elements that go through all passes at a time: below 32768 PyTorch runs an op on the calling thread, so there is
+#: no barrier (8 ms each while other processes keep the cores busy), and all of it stays in a core's own cache. All
+#: passes over 16M elements then take 25 ms; with 8M at a time 40 ms alone and 300 ms beside a busy process.
+_CHUNK = 32 * 1024 - 64
+
+#: Cells to a unit. The product with a power of two is exact, so a cell depends on the ratio alone.
+_CELLS = 32768.0
+#: The cell of 0.0. That of -1.0 is then 2; NaN goes to cell 0, which is marked.
+_ORIGIN = _CELLS + 2
+_LAST_CELL = 2 * _CELLS + 3
+#: Marks a cell (and the elements in it) whose codes are not all the same, in every byte of a word of 8 codes.
+_MARK = 0x80
+_WORD_OF_MARKS = -0x7F7F7F7F7F7F7F80
+#: Words of 8 codes that are looked through for marks at a time, on the calling thread too.
+_SEARCH_WORDS = _CHUNK
+
+
+# --- the kernels ----------------------------------------------------------------------------------
+
+
+@codebook_quantize_op.register_kernel("cpu")
+def codebook_quantize_cpu(
+    x: Tensor, absmax: Tensor | None, name: str, block_size: int, rule: str
+) -> tuple[Tensor, Tensor]:
+    """The definition by lookup."""
+    flat = x.reshape(-1)
+    absmax = _absmax(flat, name, block_size, rule) if absmax is None else absmax.reshape(-1).clone()
+    codes = _codes(flat, absmax, name, block_size, rule)
+    return (_pack(codes, flat.numel()) if CODEBOOK_BITS[name] == 4 else codes), absmax
+
+
+@codebook_dequantize_op.register_kernel("cpu")
+def codebook_dequantize_cpu(
+    packed: Tensor, absmax: Tensor, numel: int, name: str, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The definition with two 4-bit codes looked up at once."""
+    result = advise_huge_pages(torch.empty(numel, dtype=dtype))
+    _write_values(packed.reshape(-1), absmax.reshape(-1), name, block_size, result)
+    return result
+
+
+@codebook_fake_quantize_op.register_kernel("cpu")
+def codebook_fake_quantize_cpu(
+    x: Tensor, absmax: Tensor, stored: Tensor | None, name: str, block_size: int, rule: str
+) -> Tensor:
+    """The definition by way of packed codes, which are the quickest to turn into values."""
+    packed, scale = codebook_quantize_cpu(x, absmax, name, block_size, rule)
+    result = empty_result(x, 1)
+    flat = x.reshape(-1)
+    _write_values(packed, scale if stored is None else stored.reshape(-1), name, block_size, result.view(-1))
+    _keep_nan(flat, result.view(-1))
+    return match_layout(result, x)
+
+
+@codebook_fake_quantize_backward_op.register_kernel("cpu")
+def codebook_fake_quantize_backward_cpu(grad: Tensor, x: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """The definition without masks."""
+    if grad.dtype == torch.float64 or x.numel() == 0:
+        return reference_fake_quantize_backward(grad, x, absmax, block_size)
+    result = empty_result(x, 1)
+    target, values, grads = result.view(-1), x.reshape(-1), grad.reshape(-1)
+    limits = (absmax.reshape(-1) * EDGE).unsqueeze(1)
+    scratch, spare = _floats(_CHUNK), _floats(_CHUNK if grad.dtype != torch.float32 else 0)
+    for part, blocks in _chunks(values.numel(), block_size):
+        margin = scratch[: part.stop - part.start]
+        _copy_abs(values[part], margin)
+        rows = margin.view(blocks.stop - blocks.start, -1)
+        # The gradient passes where this is above the threshold, so where it is 0; it would at a NaN.
+        torch.sub(limits[blocks], rows, out=rows).nan_to_num_(nan=-1.0)
+        g = grads[part] if grad.dtype == torch.float32 else spare[: len(margin)].copy_(grads[part])
+        out = target[part] if grad.dtype == torch.float32 else g
+        torch.ops.aten.threshold_backward.grad_input(g, margin, -(2.0**-149), grad_input=out)
+        if grad.dtype != torch.float32:
+            target[part].copy_(out)
+    return match_layout(result, x)
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+def _chunks(count: int, block_size: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the elements and the blocks of every piece: several whole blocks, or a part of one."""
+    full = count // block_size
+    if block_size <= _CHUNK:
+        step = _CHUNK // block_size
+        for block in range(0, full, step):
+            stop = min(full, block + step)
+            yield slice(block * block_size, stop * block_size), slice(block, stop)
+    first = full if block_size <= _CHUNK else 0
+    for block in range(first, -(-count // block_size)):
+        end = min(count, (block + 1) * block_size)
+        for start in range(block * block_size, end, _CHUNK):
+            yield slice(start, min(end, start + _CHUNK)), slice(block, block + 1)
+
+
+def _floats(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32)
+
+
+def _copy_abs(values: Tensor, out: Tensor) -> None:
+    if values.dtype == torch.float32:
+        torch.abs(values, out=out)
+    else:
+        out.copy_(values).abs_()
+
+
+def _absmax(flat: Tensor, name: str, block_size: int, rule: str) -> Tensor:
+    if block_size > _CHUNK or not flat.numel():
+        return reference_absmax(flat, name, block_size, rule)
+    absmax, scratch = _floats(-(-flat.numel() // block_size)), _floats(_CHUNK)
+    for part, blocks in _chunks(flat.numel(), block_size):
+        magnitudes = scratch[: part.stop - part.start]
+        _copy_abs(flat[part], magnitudes)
+        torch.amax(magnitudes.view(blocks.stop - blocks.start, -1), dim=1, out=absmax[blocks])
+    if flat.numel() % block_size and divides_last_block(name, rule):
+        absmax[-1:].clamp_min_(least_absmax(name, rule))
+    return absmax
+
+
+# --- codes ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One tensor to find codes for."""
+
+    flat: Tensor
+    absmax: Tensor
+    name: str
+    block_size: int
+    rule: str
+
+    def ratios(self, part: slice, blocks: slice, out: Tensor) -> Tensor:
+        """Write the ratios of one piece into the beginning of ``out`` and return it."""
+        divides = part.start >= self._full and divides_last_block(self.name, self.rule)
+        divisor = self.absmax[blocks].clamp_min(least_absmax(self.name, self.rule)).unsqueeze(1)
+        ratios = out[: part.stop - part.start]
+        rows = ratios.view(len(divisor), -1)
+        values = self.flat[part].view(rows.shape)
+        if values.dtype != torch.float32:
+            values = rows.copy_(values)
+        if divides:
+            torch.div(values, divisor, out=rows)
+        else:
+            torch.mul(values, 1.0 / divisor, out=rows)
+        return ratios
+
+    def ratios_at(self, at: Tensor) -> Tensor:
+        """Return the ratios of some elements."""
+        values = self.flat[at].to(torch.float32)
+        divisor = self.absmax[at // self.block_size].clamp_min(least_absmax(self.name, self.rule))
+        if not divides_last_block(self.name, self.rule):
+            return values * (1.0 / divisor)
+        return torch.where(at >= self._full, values / divisor, values * (1.0 / divisor))
+
+    @property
+    def _full(self) -> int:
+        return self.flat.numel() // self.block_size * self.block_size
+
+
+def _codes(flat: Tensor, absmax: Tensor, name: str, block_size: int, rule: str) -> Tensor:
+    """Return the codes, with whole words in memory: the last is filled up with the code of 0.0."""
+    count = flat.numel()
+    memory = torch.empty(-(-count // 8) * 8, dtype=torch.uint8)
+    codes = memory[:count]
+    memory[count:].fill_(zero_code(name))
+    work = _Work(flat, absmax, name, block_size, rule)
+    scratch = _floats(min(count, _CHUNK))
+    for part, blocks in _chunks(count, block_size):
+        ratios = work.ratios(part, blocks, scratch)
+        if CODEBOOK_BITS[name] == 4:
+            torch.index_select(_cell_table(name, rule), 0, _cells(ratios), out=codes[part])
+        elif rule == "cpu":
+            torch.index_select(_step_table(), 0, _steps(ratios), out=codes[part])
+        else:
+            codes[part] = choose_codes(ratios, name, rule)
+    if CODEBOOK_BITS[name] == 4:
+        _search_marked(memory, work)
+    return codes
+
+
+def _as_index(numbers: Tensor) -> Tensor:
+    """Return float32 ``numbers`` truncated to int32, in their own memory; NaN becomes 0."""
+    return numbers.view(torch.int32).copy_(numbers).clamp_min_(0)
+
+
+def _cells(ratios: Tensor) -> Tensor:
+    torch.add(_scalar(_ORIGIN), ratios, alpha=_CELLS, out=ratios)
+    return _as_index(ratios.clamp_(0.0, _LAST_CELL))
+
+
+def _steps(ratios: Tensor) -> Tensor:
+    return _as_index(ratios.clamp_(-1.0, 1.0).add_(1.0).mul_(32767.5).add_(0.5))
+
+
+@lru_cache(maxsize=4)
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+@lru_cache(maxsize=1)
+def _step_table() -> Tensor:
+    return dynamic_tree_step_codes()
+
+
+@lru_cache(maxsize=4)
+def _cell_table(name: str, rule: str) -> Tensor:
+    """Return the code of every cell, or :data:`_MARK` where it has several."""
+    limits = thresholds(name, rule, "cpu")
+    # The largest ratio of the bin below each threshold, and the smallest of the one above.
+    below, above = (_cells(t.clone()) for t in (limits, torch.nextafter(limits, _scalar(float("inf")))))
+    bins = torch.searchsorted(above, torch.arange(int(_LAST_CELL) + 1, dtype=torch.int32), right=True)
+    table = bin_codes(name, rule, "cpu")[bins]
+    table[below[below == above].long()] = _MARK
+    table[0] = _MARK
+    return table
+
+
+def _search_marked(memory: Tensor, work: _Work) -> None:
+    """Replace marks by codes, found as the definition finds them."""
+    words = memory.view(torch.int64)
+    step = _SEARCH_WORDS
+    for start in range(0, len(words), step):
+        marked = (words[start : start + step] & _WORD_OF_MARKS).nonzero() + start
+        if len(marked) > step // 16:
+            _search_all(memory, work, slice(start * 8, (start + step) * 8))
+            continue
+        at = (marked * 8 + torch.arange(8)).view(-1)
+        at = at[memory[at] == _MARK]
+        memory[at] = choose_codes(work.ratios_at(at), work.name, work.rule)
+
+
+def _search_all(memory: Tensor, work: _Work, span: slice) -> None:
+    """Do the same where marks are many, as with zeros in fp4, without picking elements."""
+    scratch = _floats(_CHUNK)
+    for part, blocks in _chunks(work.flat.numel(), work.block_size):
+        if part.start < span.stop and part.stop > span.start:
+            memory[part] = choose_codes(work.ratios(part, blocks, scratch), work.name, work.rule)
+
+
+def _pack(codes: Tensor, count: int) -> Tensor:
+    """Return two codes a byte, the even one in the high nibble. Changes nothing beyond ``codes``' memory."""
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
+    pairs = codes.as_strided((2 * len(packed),), (1,)).view(torch.int16)
+    scratch = torch.empty(min(len(packed), _CHUNK), dtype=torch.int16)
+    for start in range(0, len(packed), _CHUNK):
+        pair = pairs[start : start + _CHUNK]
+        # The low byte of a pair is its first code (memory is little-endian wherever PyTorch has these kernels).
+        out = torch.bitwise_right_shift(pair, 8, out=scratch[: len(pair)])
+        packed[start : start + _CHUNK] = torch.add(out, pair, alpha=16, out=out)
+    return packed
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def _write_values(stored: Tensor, absmax: Tensor, name: str, block_size: int, result: Tensor) -> None:
+    """Write the values of stored codes into one-dimensional ``result``."""
+    count, scale = len(result), absmax.unsqueeze(1)
+    in_pairs = CODEBOOK_BITS[name] == 4
+    if in_pairs and block_size % 2 and count > block_size:
+        # Blocks begin in the middle of a byte.
+        stored, in_pairs = torch.stack((stored >> 4, stored & 15), dim=1).view(-1)[:count], False
+    table = _pair_table(name) if in_pairs else codebook_values(name, "cpu")
+    scratch = _floats(min(count + 1, _CHUNK))
+    index_memory = torch.empty(len(scratch), dtype=torch.int32)
+    for part, blocks in _chunks(count, block_size):
+        size = part.stop - part.start
+        source = stored[part.start // 2 : (part.stop + 1) // 2] if in_pairs else stored[part]
+        index = index_memory[: len(source)].copy_(source)
+        if in_pairs:
+            torch.index_select(table, 0, index, out=scratch[: 2 * len(source)].view(torch.float64))
+        else:
+            torch.index_select(table, 0, index, out=scratch[:size])
+        values = scratch[:size].view(blocks.stop - blocks.start, -1)
+        target = result[part].view(values.shape)
+        if result.dtype == torch.float32:
+            torch.mul(values, scale[blocks], out=target)
+        else:
+            target.copy_(values.mul_(scale[blocks]))
+
+
+@lru_cache(maxsize=2)
+def _pair_table(name: str) -> Tensor:
+    """Return both values of every byte of packed codes, as one 8-byte element that is only ever copied."""
+    values, byte = codebook_values(name, "cpu"), torch.arange(256)
+    return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.float64).view(-1)
+
+
+def _keep_nan(flat: Tensor, result: Tensor) -> None:
+    """Write the NaN of ``flat`` into ``result``."""
+    dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    # Sums show whether there is one in a fraction of the time of a mask. (So would opposite infinities.)
+    sums = [piece.sum(dtype=dtype) for piece in flat.split(_CHUNK)]
+    for chunk in torch.stack(sums).isnan().nonzero().view(-1).tolist() if sums else ():
+        part = slice(chunk * _CHUNK, (chunk + 1) * _CHUNK)
+        result[part] = torch.where(flat[part].isnan(), flat[part], result[part])

@@ -1,0 +1,44 @@
+"""Vector-wise int8 codes with given scales; see :mod:`lightning_qat.ops.vectorwise`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def vectorwise_steps(x: Tensor, absmax: Tensor) -> Tensor:
+    """Return ``half(x)`` in units of a code, float32 like ``x``; a row of zeros has none and becomes NaN.
+
+    Args:
+        x: floating point, ``[R, C]``.
+        absmax: float32, ``[R]``.
+    """
+    return x.to(torch.float16).to(torch.float32) * (127.0 / absmax.unsqueeze(1))
+
+
+def whole_codes(steps: Tensor) -> Tensor:
+    """Return whole numbers as int8 within +-127, NaN as 0."""
+    return torch.nan_to_num(steps, nan=0.0).clamp_(-127, 127).to(torch.int8)
+
+
+# Ops, so that compiled graphs keep the rounding to float16, which they drop between float32 values.
+@torch.library.custom_op("lightning_qat::vectorwise_codes", mutates_args=())
+def vectorwise_codes_op(x: Tensor, absmax: Tensor) -> Tensor:
+    """Return the int8 codes of a matrix whose rows have the scales ``absmax``; unchecked."""
+    return whole_codes(torch.round(vectorwise_steps(x, absmax)))
+
+
+@torch.library.custom_op("lightning_qat::round_to_half", mutates_args=())
+def round_to_half(x: Tensor) -> Tensor:
+    """Return ``x`` as float32 with the precision and the range of float16."""
+    return x.to(torch.float16).to(torch.float32)
+
+
+@round_to_half.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+@vectorwise_codes_op.register_fake
+def _(x: Tensor, absmax: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)

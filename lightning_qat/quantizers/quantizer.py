@@ -1,0 +1,213 @@
+"""Quantizing single tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.config import QuantizationConfig, QuantizationScheme
+from lightning_qat.quantizers.dynamic_range import dynamic_parameters
+from lightning_qat.quantizers.observers import Observer, make_observer
+from lightning_qat.schemes import (
+    TensorFormat,
+    get_scheme,
+    input_format,
+    rows_of,
+    scale_shape,
+    weight_format,
+)
+from lightning_qat.schemes.quantized_tensor import QuantizedTensor
+
+
+class Quantizer:
+    """Quantizes tensors as a config says, with ranges of their own or of samples seen before.
+
+    Args:
+        config: a :class:`QuantizationConfig` or a scheme's name.
+
+    Example:
+        >>> quantizer = Quantizer(QuantizationConfig("int8")).calibrate(torch.randn(100, 16))
+        >>> quantizer.quantize(torch.randn(4, 16)).codes.dtype
+        torch.int8
+    """
+
+    def __init__(self, config: QuantizationConfig | str = "int8") -> None:
+        if isinstance(config, str):
+            config = QuantizationConfig(config)
+        if not isinstance(config, QuantizationConfig):
+            raise TypeError(f"config={config!r} is not allowed; use a QuantizationConfig or a scheme's name")
+        self.config = config
+        self.scheme: Any = get_scheme(config.scheme)
+        self._observer: Observer | None = None
+        self._samples = 0
+        #: Shape of the scales that were calibrated.
+        self._shape: tuple[int, ...] | None = None
+
+    @torch.no_grad()
+    def calibrate(self, samples: Tensor | Iterable[Tensor]) -> Quantizer:
+        """Learn the range from samples, as the config's observer does (that of their extremes if it names none).
+
+        Args:
+            samples: tensors, each a sample; or one tensor, each index of dimension 0 a sample. At most
+                ``config.calibration_samples`` are looked at, calls before this one counted.
+
+        Returns:
+            The quantizer itself.
+
+        Raises:
+            TypeError: if a sample is no floating-point tensor.
+            ValueError: if there is no sample, one holds NaN or inf, shapes part where scales belong to channels, groups
+                or blocks, or the scheme finds its ranges at run time.
+        """
+        if self.config.dynamic:
+            raise ValueError("scheme='dynamic' finds its ranges at run time; leave calibrate out, or use scheme='int8'")
+        most, seen = self.config.calibration_samples, 0
+        # One tensor's samples share one shape: they are looked at together where one range is enough.
+        if isinstance(samples, Tensor) and samples.dim() > 0:
+            left = samples.shape[0] if most is None else max(most - self._samples, 0)
+            batch = samples[:left]
+            seen, self._samples = batch.shape[0], self._samples + batch.shape[0]
+            for sample in [batch] if self._is_per_tensor else batch:
+                self._observe(sample)
+        else:
+            for sample in [samples] if isinstance(samples, Tensor) else samples:
+                if most is not None and self._samples >= most:
+                    break
+                self._observe(sample)
+                seen, self._samples = seen + 1, self._samples + 1
+        if not seen and not self._samples:
+            raise ValueError("samples is empty, so there is no range to learn; give at least one sample")
+        return self
+
+    @property
+    def _is_per_tensor(self) -> bool:
+        fmt = weight_format(self.config, torch.Size((1,)))
+        return fmt.axis is None and fmt.group_size is None and fmt.block_size is None
+
+    def _observe(self, sample: Tensor) -> None:
+        _check_floating(sample, "a sample")
+        if not sample.numel():
+            return
+        check_finite(sample)
+        fmt = weight_format(self.config, sample.shape)
+        shape = scale_shape(sample.shape, fmt)
+        if self._observer is None:
+            self._shape = shape
+            name = self.config.observer or "min_max"
+            count = rows_of(sample, fmt).shape[0]
+            self._observer = make_observer(
+                name, momentum=self.config.observer_momentum, num_channels=count if shape else None
+            ).to(sample.device)
+        if shape != self._shape:
+            raise ValueError(
+                f"a sample of shape {tuple(sample.shape)} has scales of shape {shape}, one before it {self._shape}; "
+                "samples have to agree, or use a per-tensor config"
+            )
+        self._observer.update(rows_of(sample, fmt) if shape else sample)
+
+    @torch.no_grad()
+    def quantize(self, tensor: Tensor, *, generator: torch.Generator | None = None) -> QuantizedTensor:
+        """Return ``tensor`` quantized, with the calibrated range or, without calibration, its own.
+
+        Args:
+            tensor: floating point, any shape and strides.
+            generator: of the random numbers where ``config.bnb.stochastic``; None is PyTorch's own.
+
+        Raises:
+            TypeError: if it is no floating-point tensor.
+            ValueError: if it holds NaN or inf (the first position is named), or does not fit the config.
+        """
+        _check_floating(tensor, "tensor")
+        tensor = tensor.detach()
+        check_finite(tensor)
+        bnb, scheme = self.config.bnb, self.scheme
+        stochastic = bnb is not None and bnb.stochastic
+        if self.config.scheme == QuantizationScheme.LLM_INT8 and self._observer is None:
+            fmt = weight_format(self.config, tensor.shape)
+            threshold = 0.0 if bnb is None else float(bnb.outlier_threshold)
+            return scheme.quantize_with_outliers(tensor, fmt, threshold, stochastic=stochastic, generator=generator)
+        scale, zero_point, fmt = self._parameters(tensor)
+        if stochastic:
+            codes = scheme.quantize_stochastically(tensor, scale, zero_point, fmt, generator)
+        else:
+            codes = scheme.quantize(tensor, scale, zero_point, fmt)
+        # Asymmetric integers alone have a zero point to keep.
+        kept = None if fmt.symmetric else zero_point
+        stored = scheme.store_scale(scale, fmt)
+        if fmt.nested and not bool(torch.isfinite(scheme.read_scale(stored, fmt)).all()):
+            raise ValueError(
+                "tensor has blocks whose magnitudes are too large to be nested: their sum is beyond float32; use "
+                "nested_quantization=False"
+            )
+        packed = scheme.pack(codes.contiguous(), fmt)
+        return QuantizedTensor(packed, stored, kept, fmt, tensor.shape, tensor.dtype)
+
+    def _parameters(self, tensor: Tensor) -> tuple[Tensor, Tensor | None, TensorFormat]:
+        if self.config.dynamic:
+            return self._dynamic_parameters(tensor)
+        fmt = weight_format(self.config, tensor.shape)
+        shape = scale_shape(tensor.shape, fmt)
+        observer = self._observer
+        if observer is None and (self.config.observer or "min_max") != "min_max" and tensor.numel():
+            observer = make_observer(str(self.config.observer), num_channels=rows_of(tensor, fmt).shape[0])
+            observer.to(tensor.device).update(rows_of(tensor, fmt))
+        elif observer is not None and shape != self._shape:
+            raise ValueError(
+                f"tensor of shape {tuple(tensor.shape)} has scales of shape {shape} and the samples had {self._shape}; "
+                "calibrate with samples of its shape, or use a per-tensor config"
+            )
+        if observer is None:
+            return *self.scheme.parameters_of(tensor, fmt), fmt
+        if self.scheme.searches_ranges:
+            observer = observer.to(tensor.device)
+            scale, zero = observer.get_quantization_params(fmt.symmetric, fmt.bits)
+            return scale.reshape(shape), zero.reshape(shape), fmt
+        low, high = (bound.to(tensor.device).reshape(shape) for bound in (observer.min_val, observer.max_val))
+        return *self.scheme.parameters(low, high, fmt), fmt
+
+    def _dynamic_parameters(self, tensor: Tensor) -> tuple[Tensor, Tensor | None, TensorFormat]:
+        fmt = input_format(self.config)
+        if tensor.numel() and tensor.dim():
+            return dynamic_parameters(tensor, fmt, None)
+        shape = (*tensor.shape[:-1], 1) if tensor.dim() and fmt.dynamic_range == "token" else ()
+        low = high = tensor.new_zeros(shape, dtype=torch.float32)
+        if tensor.numel():  # without dimensions: a tensor of one token
+            low = high = tensor.float()
+        return *self.scheme.parameters(low, high, fmt), replace(fmt, dynamic_range="tensor") if not shape else fmt
+
+
+def _check_floating(tensor: Any, what: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} is a {type(tensor).__name__}; use a floating-point torch.Tensor")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{what} has dtype {tensor.dtype}; use a floating-point dtype, as by tensor.float()")
+
+
+def check_finite(tensor: Tensor) -> None:
+    """Raise ``ValueError`` naming the first NaN or infinity of ``tensor`` and how many there are."""
+    if not tensor.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+        return  # NaN and infinity come out of the extremes: one pass
+    places = (~torch.isfinite(tensor)).nonzero()
+    first = tuple(places[0].tolist())
+    raise ValueError(
+        f"tensor holds {float(tensor[first])} at index {first} ({len(places)} of {tensor.numel()} values are NaN or "
+        "infinite), which has no code; replace it, as by torch.nan_to_num"
+    )
+
+
+def quantize(
+    tensor: Tensor, config: QuantizationConfig | str = "int8", *, generator: torch.Generator | None = None
+) -> QuantizedTensor:
+    """Return ``tensor`` quantized with the range that it has; see :meth:`Quantizer.quantize`.
+
+    Args:
+        tensor: floating point, any shape and strides.
+        config: a :class:`QuantizationConfig` or a scheme's name.
+        generator: of the random numbers where ``config.bnb.stochastic``.
+    """
+    return Quantizer(config).quantize(tensor, generator=generator)

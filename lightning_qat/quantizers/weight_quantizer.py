@@ -1,0 +1,123 @@
+"""The quantization state of a weight while a model trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.config import QuantizationConfig
+from lightning_qat.quantizers.debug import tell
+from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
+from lightning_qat.quantizers.kept_weight import KeptWeight
+from lightning_qat.quantizers.observers import make_observer
+from lightning_qat.quantizers.sharded import check_whole, whole_weight
+from lightning_qat.schemes import TensorFormat, rows_of, rows_of_scale, scale_shape, weight_format
+
+
+class WeightQuantizer(FakeQuantizer):
+    """Fake-quantizes a weight, its scale a function of the weight until frozen.
+
+    A scale that is a pure function of the weight needs no history: evaluation and conversion see the
+    scale of the weight as it is, and a resumed run cannot differ. Freezing writes the scale of that
+    moment into the buffers; from then on they are the scale.
+
+    Args:
+        config: how to quantize.
+        weight: the weight, of any shape.
+        name: of the layer.
+        axis: dimension of the output channels.
+    """
+
+    quantizes = "weight"
+
+    def __init__(self, config: QuantizationConfig, weight: Tensor, name: str, axis: int = 0) -> None:
+        fmt = weight_format(config, weight.shape, axis, name)
+        super().__init__(config, name, scale_shape(weight.shape, fmt), fmt)
+        #: Name of the BatchNorm this layer is folded into: None is undecided, "" is none.
+        self.folded_norm: str | None = None
+        #: Whether one prepared layer alone reads this layer's output, see ``transforms/fuse.py``. None is undecided.
+        self.feeds_one_layer: bool | None = None
+        #: Holds the fake-quantized weight while nobody changes the weight, see ``transforms/phase.py``.
+        self.kept: KeptWeight | None = None
+        self._shape = weight.shape
+        self.to(weight.device)
+        if not weight.is_meta:
+            self._store(*self._derive(whole_weight(weight, weight.shape, name)))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            **super().get_extra_state(),
+            "folded_norm": self.folded_norm,
+            "feeds_one_layer": self.feeds_one_layer,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.folded_norm = state["folded_norm"]
+        self.feeds_one_layer = state.get("feeds_one_layer", False)  # checkpoints before it existed
+
+    @torch.no_grad()
+    def _derive(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        check_whole(weight, self.name)
+        if (self.config.observer or "min_max") == "min_max":
+            return self.scheme.parameters_of(weight, self._format)
+        # Rows gathered from an embedding are fewer than the table's.
+        rows, shape = rows_of(weight, self._format), scale_shape(weight.shape, self._format)
+        observer = make_observer(str(self.config.observer), num_channels=rows.shape[0], layer_name=self.name)
+        observer.to(rows.device).update(rows)
+        scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
+        return scale.reshape(shape), zero_point.reshape(shape)
+
+    @property
+    def covers_weight(self) -> bool:
+        """Whether the range holds every element of the weight, as that of its extremes does until frozen."""
+        return not self.frozen and (self.config.observer or "min_max") == "min_max"
+
+    def parameters_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(scale, zero_point)`` that ``weight`` is quantized with now."""
+        return (self.scale, self.zero_point) if self.frozen else self._derive(weight)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the integer codes of ``weight``, in its shape: what conversion stores."""
+        weight = whole_weight(weight.detach(), self._shape, self.name)
+        return self.scheme.quantize(weight, *self.parameters_for(weight), self._format)
+
+    def set_bits(self, bits: int, weight: Tensor) -> None:
+        """Change the bits and derive the scale again, also when frozen."""
+        if bits != self.bits:
+            self._set_bits(bits)
+            self._store(*self._derive(whole_weight(weight, self._shape, self.name)))
+
+    def set_frozen(self, frozen: bool, weight: Tensor) -> None:
+        """Let the scale stand still at that of ``weight``, or follow the weight again."""
+        if frozen and not self.frozen:
+            self._store(*self._derive(whole_weight(weight, self._shape, self.name)))
+        self.frozen = frozen
+
+    def fake_quantize_rows(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Fake-quantize rows gathered from ``weight``: an embedding touches few of its rows.
+
+        Args:
+            rows: ``[*index.shape, features]``.
+            index: which rows of ``weight`` they are.
+            weight: the whole table.
+        """
+        if not self.quantizing or not rows.numel():
+            return rows
+        fmt, flat = self._format, rows.reshape(-1, rows.shape[-1])
+        zero_point: Tensor | None
+        if not self.scale.dim():
+            scale, zero_point = self.parameters_for(weight)
+        elif self.frozen:
+            scale, zero_point = rows_of_scale(self.scale, self.zero_point, index, fmt, weight.shape)
+        else:
+            scale, zero_point = self._derive(flat)
+        result = self.scheme.fake_quantize(flat, scale, zero_point, fmt).reshape(rows.shape)
+        if self.debug_callback is not None:
+            tell(self, rows, result, (scale, zero_point, fmt))
+        return result
+
+    def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
+        return (*self._unchanging(*self.parameters_for(x)), self._format) if self.quantizing else None

@@ -1,0 +1,48 @@
+"""Every registered number format keeps its contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_qat import BitsAndBytesConfig, QuantizationConfig
+from lightning_qat.schemes import registered_schemes
+from lightning_qat.testing import check_scheme
+
+
+@pytest.mark.parametrize("name", [n for n in registered_schemes() if n != "dynamic"])
+def test_every_scheme_keeps_its_contract(name: str) -> None:
+    check_scheme(name)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 12, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integers_of_other_bits(bits: int, symmetric: bool) -> None:
+    check_scheme("int8", QuantizationConfig("int8", bits=bits, symmetric=symmetric, per_channel=True))
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "dynamic_tree"])
+@pytest.mark.parametrize("rule", ["cpu", "cuda"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_blocks(scheme: str, rule: str, nested: bool) -> None:
+    bits = 8 if scheme == "dynamic_tree" else 4
+    bnb = BitsAndBytesConfig(bits=bits, block_size=32, nested_quantization=nested, rule=rule)
+    check_scheme(scheme, QuantizationConfig(scheme, bnb=bnb))
+
+
+def test_a_broken_scheme_is_told() -> None:
+    from lightning_qat.schemes import IntegerScheme, register_scheme
+    from lightning_qat.schemes.base import _REGISTRY
+    from lightning_qat.validation import SCHEME_BITS
+
+    @register_scheme("broken", bits=4)
+    class Broken(IntegerScheme):
+        def pack(self, codes, fmt):
+            return super().pack((codes + 1).clamp(max=7), fmt)
+
+    try:
+        with pytest.raises(AssertionError, match="unpack.pack.codes.. is not codes"):
+            check_scheme("broken")
+    finally:
+        del _REGISTRY["broken"], SCHEME_BITS["broken"]
+    assert torch.is_grad_enabled()
