@@ -128,8 +128,8 @@ class QuantizedLayer(_Adopting, KeepsDtype):
         return get_scheme(self.weight_format.scheme).read_scale(stored, self.weight_format)  # type: ignore[arg-type]
 
     def _dequantized_weight(self) -> Tensor:
-        scheme = get_scheme(self.weight_format.scheme)
-        return scheme.dequantize(self.codes, self.scale, self.weight_zero_point, self.weight_format, self.weight_dtype)
+        held = (self.weight_packed, self.scale, self.weight_zero_point, self.weight_shape, self.weight_format)
+        return get_scheme(self.weight_format.scheme).dequantize_packed(*held, self.weight_dtype)
 
     #: The weight that the codes stand for, computed at every access: no float copy is kept.
     weight: Any = property(_dequantized_weight)

@@ -100,7 +100,7 @@ def callback_of_environment() -> DebugCallback | None:
 
 @torch.no_grad()
 def tell(
-    quantizer: FakeQuantizer, before: Tensor, after: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat]
+    quantizer: FakeQuantizer, before: Tensor, after: Tensor, parameters: tuple[Tensor, Tensor | None, TensorFormat]
 ) -> None:
     """Call the debug callback of ``quantizer``, which has one, with what it just did."""
     if torch.compiler.is_compiling() or quantizer.debug_callback is None:

@@ -113,6 +113,18 @@ class Scheme(ABC):
             return packed.reshape(shape)
         return unpack_bits(packed, fmt.bits, shape, signed=fmt.symmetric)
 
+    def dequantize_packed(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        shape: torch.Size,
+        fmt: TensorFormat,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return the values of packed codes: :meth:`dequantize` of what :meth:`unpack` returns."""
+        return self.dequantize(self.unpack(packed, shape, fmt), scale, zero_point, fmt, dtype)
+
     def store_scale(self, scale: Tensor, fmt: TensorFormat) -> dict[str, Tensor]:
         """Return how a scale is stored: tensors by the ends of their names, the first being ``""``."""
         return {"": scale}
@@ -146,7 +158,7 @@ class Scheme(ABC):
             fmt: of the weight.
             bias: ``[out_features]`` or None.
         """
-        weight = self.dequantize(self.unpack(packed, shape, fmt), scale, zero_point, fmt, x.dtype)
+        weight = self.dequantize_packed(packed, scale, zero_point, shape, fmt, x.dtype)
         return F.linear(x, weight, bias)
 
     def check_bits(self, bits: int, fmt: TensorFormat) -> int:

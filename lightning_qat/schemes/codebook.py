@@ -7,6 +7,7 @@ block-wise quantization, Dettmers et al. 2022 (8-bit optimizers).
 
 from __future__ import annotations
 
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_qat.ops.codebook import (
     block_absmax,
+    codebook_dequantize_op,
     dequantize_codebook,
     fake_quantize_codebook,
     pack_nibbles,
@@ -71,6 +73,18 @@ class CodebookScheme(Scheme):
 
     def unpack(self, packed: Tensor, shape: torch.Size, fmt: TensorFormat) -> Tensor:
         return unpack_nibbles(packed, shape) if fmt.bits == 4 else packed.reshape(shape)
+
+    def dequantize_packed(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        shape: torch.Size,
+        fmt: TensorFormat,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        values = codebook_dequantize_op(packed, scale, prod(shape), self.codebook, _block(fmt), dtype)
+        return values.view(shape)
 
     def store_scale(self, scale: Tensor, fmt: TensorFormat) -> dict[str, Tensor]:
         """Return the scale, or its codes in the dynamic tree, their block scales and the mean they are relative to."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine
 from lightning_qat.ops.fake_quantize import fake_quantize, fake_quantize_backward_op, quant_range
+from lightning_qat.ops.int4_dequantize import dequantize_int4, int4_run
 from lightning_qat.ops.layout import resolve_layout
 from lightning_qat.ops.stochastic import quantize_affine_stochastically
 from lightning_qat.ops.straight_through import fake_quantize_through
@@ -93,3 +94,21 @@ class IntegerScheme(Scheme):
     ) -> Tensor:
         zero = None if fmt.symmetric else zero_point
         return dequantize_affine(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size, dtype=dtype)
+
+    def dequantize_packed(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        shape: torch.Size,
+        fmt: TensorFormat,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        run = int4_run(shape, fmt.axis, fmt.group_size) if fmt.bits == 4 and not fmt.dynamic else None
+        if (
+            run is None
+            or type(self).unpack is not Scheme.unpack
+            or type(self).dequantize is not IntegerScheme.dequantize
+        ):
+            return super().dequantize_packed(packed, scale, zero_point, shape, fmt, dtype)
+        return dequantize_int4(packed, scale, None if fmt.symmetric else zero_point, shape, run, dtype)

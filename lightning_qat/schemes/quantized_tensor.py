@@ -81,7 +81,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values that the codes stand for, in ``dtype`` or the one they had."""
         scheme, dtype = get_scheme(self.format.scheme), dtype or self.dtype
-        values = scheme.dequantize(self.codes, self.scale, self.zero_point, self.format, dtype)
+        values = scheme.dequantize_packed(self.packed, self.scale, self.zero_point, self.shape, self.format, dtype)
         if self.outliers is not None:
             rows = values.reshape(self.shape[0], -1)
             rows[:, self.outliers.columns] = self.outliers.values.to(dtype)

@@ -93,6 +93,8 @@ def _check_codes(where: str, x: Tensor, fmt: TensorFormat) -> None:
     stored = scheme.read_scale(scheme.store_scale(scale, fmt), fmt)
     _require(_equal(stored, scheme.effective_scale(scale, fmt)), where, "effective_scale is not the scale read again")
     values = scheme.dequantize(unpacked, stored, zero_point, fmt, x.dtype)
+    straight = scheme.dequantize_packed(packed, stored, zero_point, x.shape, fmt, x.dtype)
+    _require(_equal(straight, values), where, "dequantize_packed is not dequantize of the unpacked codes")
     faked = scheme.fake_quantize(x, scale, zero_point, fmt)
     _require(_equal(values, faked), where, "what is packed is not what fake_quantize trains with")
     through = scheme.fake_quantize_through(x, scale, zero_point, fmt)

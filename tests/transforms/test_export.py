@@ -24,7 +24,9 @@ class Residual(nn.Module):
         return {"logits": self.head(image.flatten(1)) * scale}
 
 
-@pytest.mark.parametrize("plan", ["int8", "int8_dynamic", "w4a8", "int8_weight_only"])
+@pytest.mark.parametrize(
+    "plan", ["int8", "int8_dynamic", "w4a8", "int8_weight_only", "nf4", "fp4", "dynamic_tree", "llm_int8"]
+)
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_keeps_the_numbers_at_any_batch(plan, strict):
     torch.manual_seed(0)
