@@ -30,6 +30,7 @@ from lightning_qat.nn import (
     fold_bn_into_conv,
 )
 from lightning_qat.ops.fake_quantize import fake_quantize
+from lightning_qat.ptq import quantize_model
 from lightning_qat.quantizers.debug import QuantizationEvent, debug_quantizers
 from lightning_qat.quantizers.observers import (
     HistogramObserver,
@@ -186,6 +187,7 @@ __all__ = [
     "quantize_dynamic",
     "quantize_dynamic_tree",
     "quantize_int8",
+    "quantize_model",
     "read_certificate",
     "register_scheme",
     "save_quantized",

@@ -26,6 +26,9 @@ LAYERS = [
     "callbacks",
 ]
 
+#: What the benchmark measures beside this library.
+PEERS = {"torchao", "onnxruntime", "bitsandbytes", "triton"}
+
 #: What may be imported besides the standard library.
 THIRD_PARTY = {
     "validation": set(),
@@ -47,8 +50,8 @@ THIRD_PARTY = {
     "tasks": {"torch", "lightning", "torchmetrics"},
     "data": {"torch", "lightning", "torchmetrics", "numpy", "sklearn"},
     # Recipes write the float weights that the quantized model is compared with, hence torch and safetensors.
-    # The benchmark measures torchao and onnxruntime where they are installed.
-    "recipes": {"torch", "safetensors", "hydra", "omegaconf", "lightning", "rich", "torchao", "onnxruntime"},
+    # The benchmark measures the peers that are installed.
+    "recipes": {"torch", "safetensors", "hydra", "omegaconf", "lightning", "rich", *PEERS},
     "conf": set(),
     # lightning_qat/__init__.py and __main__.py: the facade in front of all layers.
     "": set(),

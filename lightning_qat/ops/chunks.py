@@ -10,21 +10,22 @@ from collections.abc import Iterator
 CHUNK = 32 * 1024 - 64
 
 
-def chunks(count: int, block_size: int) -> Iterator[tuple[slice, slice]]:
+def chunks(count: int, block_size: int, limit: int = CHUNK) -> Iterator[tuple[slice, slice]]:
     """Yield the elements and the blocks of every piece: several whole blocks, or a part of one.
 
     Args:
         count: elements of the tensor.
         block_size: consecutive elements that share a scale; the last block may be shorter.
+        limit: most elements of a piece.
     """
     full = count // block_size
-    if block_size <= CHUNK:
-        step = CHUNK // block_size
+    if block_size <= limit:
+        step = limit // block_size
         for block in range(0, full, step):
             stop = min(full, block + step)
             yield slice(block * block_size, stop * block_size), slice(block, stop)
-    first = full if block_size <= CHUNK else 0
+    first = full if block_size <= limit else 0
     for block in range(first, -(-count // block_size)):
         end = min(count, (block + 1) * block_size)
-        for start in range(block * block_size, end, CHUNK):
-            yield slice(start, min(end, start + CHUNK)), slice(block, block + 1)
+        for start in range(block * block_size, end, limit):
+            yield slice(start, min(end, start + limit)), slice(block, block + 1)

@@ -264,9 +264,9 @@ def reference_ratios(flat: Tensor, absmax: Tensor, name: str, block_size: int, r
 
 
 def choose_codes(ratios: Tensor, name: str, rule: str) -> Tensor:
-    """Return the code of every ratio, uint8."""
+    """Return the code of every ratio of a one-dimensional tensor, uint8."""
     bins = torch.bucketize(ratios, thresholds(name, rule, ratios.device))
-    codes = bin_codes(name, rule, ratios.device)[bins]
+    codes = bin_codes(name, rule, ratios.device).index_select(0, bins)
     return codes.masked_fill(ratios.isnan(), nan_code(name, rule))
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.chunks import CHUNK, chunks
 from lightning_qat.ops.codebook import (
     EDGE,
     choose_codes,
@@ -39,13 +39,8 @@ from lightning_qat.ops.codebook_tables import (
 from lightning_qat.ops.layout import empty_result, match_layout
 from lightning_qat.ops.workspace import advise_huge_pages
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-#: Elements that go through all passes at a time: below 32768 PyTorch runs an op on the calling thread, so there is
-#: no barrier (8 ms each while other processes keep the cores busy), and all of it stays in a core's own cache. All
-#: passes over 16M elements then take 25 ms; with 8M at a time 40 ms alone and 300 ms beside a busy process.
-_CHUNK = 32 * 1024 - 64
+#: The same where every element is searched for, 20 ns each: there the other threads are worth waiting for.
+_SEARCHED_CHUNK = 1024 * 1024
 
 #: Cells to a unit. The product with a power of two is exact, so a cell depends on the ratio alone.
 _CELLS = 32768.0
@@ -56,7 +51,7 @@ _LAST_CELL = 2 * _CELLS + 3
 _MARK = 0x80
 _WORD_OF_MARKS = -0x7F7F7F7F7F7F7F80
 #: Words of 8 codes that are looked through for marks at a time, on the calling thread too.
-_SEARCH_WORDS = _CHUNK
+_SEARCH_WORDS = CHUNK
 
 
 # --- the kernels ----------------------------------------------------------------------------------
@@ -104,8 +99,8 @@ def codebook_fake_quantize_backward_cpu(grad: Tensor, x: Tensor, absmax: Tensor,
     result = empty_result(x, 1)
     target, values, grads = result.view(-1), x.reshape(-1), grad.reshape(-1)
     limits = (absmax.reshape(-1) * EDGE).unsqueeze(1)
-    scratch, spare = _floats(_CHUNK), _floats(_CHUNK if grad.dtype != torch.float32 else 0)
-    for part, blocks in _chunks(values.numel(), block_size):
+    scratch, spare = _floats(CHUNK), _floats(CHUNK if grad.dtype != torch.float32 else 0)
+    for part, blocks in chunks(values.numel(), block_size):
         margin = scratch[: part.stop - part.start]
         _copy_abs(values[part], margin)
         rows = margin.view(blocks.stop - blocks.start, -1)
@@ -122,23 +117,8 @@ def codebook_fake_quantize_backward_cpu(grad: Tensor, x: Tensor, absmax: Tensor,
 # --- pieces ---------------------------------------------------------------------------------------
 
 
-def _chunks(count: int, block_size: int) -> Iterator[tuple[slice, slice]]:
-    """Yield the elements and the blocks of every piece: several whole blocks, or a part of one."""
-    full = count // block_size
-    if block_size <= _CHUNK:
-        step = _CHUNK // block_size
-        for block in range(0, full, step):
-            stop = min(full, block + step)
-            yield slice(block * block_size, stop * block_size), slice(block, stop)
-    first = full if block_size <= _CHUNK else 0
-    for block in range(first, -(-count // block_size)):
-        end = min(count, (block + 1) * block_size)
-        for start in range(block * block_size, end, _CHUNK):
-            yield slice(start, min(end, start + _CHUNK)), slice(block, block + 1)
-
-
-def _floats(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.float32)
+def _floats(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.float32)
 
 
 def _copy_abs(values: Tensor, out: Tensor) -> None:
@@ -149,10 +129,10 @@ def _copy_abs(values: Tensor, out: Tensor) -> None:
 
 
 def _absmax(flat: Tensor, name: str, block_size: int, rule: str) -> Tensor:
-    if block_size > _CHUNK or not flat.numel():
+    if block_size > CHUNK or not flat.numel():
         return reference_absmax(flat, name, block_size, rule)
-    absmax, scratch = _floats(-(-flat.numel() // block_size)), _floats(_CHUNK)
-    for part, blocks in _chunks(flat.numel(), block_size):
+    absmax, scratch = _floats(-(-flat.numel() // block_size)), _floats(CHUNK)
+    for part, blocks in chunks(flat.numel(), block_size):
         magnitudes = scratch[: part.stop - part.start]
         _copy_abs(flat[part], magnitudes)
         torch.amax(magnitudes.view(blocks.stop - blocks.start, -1), dim=1, out=absmax[blocks])
@@ -191,8 +171,8 @@ class _Work:
 
     def ratios_at(self, at: Tensor) -> Tensor:
         """Return the ratios of some elements."""
-        values = self.flat[at].to(torch.float32)
-        divisor = self.absmax[at // self.block_size].clamp_min(least_absmax(self.name, self.rule))
+        values = self.flat.index_select(0, at).to(torch.float32)
+        divisor = self.absmax.index_select(0, at // self.block_size).clamp_min(least_absmax(self.name, self.rule))
         if not divides_last_block(self.name, self.rule):
             return values * (1.0 / divisor)
         return torch.where(at >= self._full, values / divisor, values * (1.0 / divisor))
@@ -209,8 +189,9 @@ def _codes(flat: Tensor, absmax: Tensor, name: str, block_size: int, rule: str) 
     codes = memory[:count]
     memory[count:].fill_(zero_code(name))
     work = _Work(flat, absmax, name, block_size, rule)
-    scratch = _floats(min(count, _CHUNK))
-    for part, blocks in _chunks(count, block_size):
+    limit = _SEARCHED_CHUNK if name == "dynamic_tree" and rule == "cuda" else CHUNK
+    scratch = _floats(min(count, limit))
+    for part, blocks in chunks(count, block_size, limit):
         ratios = work.ratios(part, blocks, scratch)
         if CODEBOOK_BITS[name] == 4:
             torch.index_select(_cell_table(name, rule), 0, _cells(ratios), out=codes[part])
@@ -263,35 +244,41 @@ def _cell_table(name: str, rule: str) -> Tensor:
 def _search_marked(memory: Tensor, work: _Work) -> None:
     """Replace marks by codes, found as the definition finds them."""
     words = memory.view(torch.int64)
-    step = _SEARCH_WORDS
-    for start in range(0, len(words), step):
-        marked = (words[start : start + step] & _WORD_OF_MARKS).nonzero() + start
-        if len(marked) > step // 16:
-            _search_all(memory, work, slice(start * 8, (start + step) * 8))
-            continue
+    found = []
+    for start in range(0, len(words), _SEARCH_WORDS):
+        marked = (words[start : start + _SEARCH_WORDS] & _WORD_OF_MARKS).nonzero()
+        found.append(marked.add_(start))
+    if sum(map(len, found)) > len(words) // 16:
+        # Many, as with zeros in fp4: quicker all at once than one by one.
+        _search_all(memory, work)
+        return
+    places = []
+    for marked in torch.cat(found).split(CHUNK // 8) if found else ():
         at = (marked * 8 + torch.arange(8)).view(-1)
-        at = at[memory[at] == _MARK]
-        memory[at] = choose_codes(work.ratios_at(at), work.name, work.rule)
+        # Not at[memory[at] == _MARK], here and below: such an index waits for all threads however small it is.
+        places.append(at.index_select(0, (memory.index_select(0, at) == _MARK).nonzero().view(-1)))
+    if places:
+        at = torch.cat(places)
+        memory.index_copy_(0, at, choose_codes(work.ratios_at(at), work.name, work.rule))
 
 
-def _search_all(memory: Tensor, work: _Work, span: slice) -> None:
-    """Do the same where marks are many, as with zeros in fp4, without picking elements."""
-    scratch = _floats(_CHUNK)
-    for part, blocks in _chunks(work.flat.numel(), work.block_size):
-        if part.start < span.stop and part.stop > span.start:
-            memory[part] = choose_codes(work.ratios(part, blocks, scratch), work.name, work.rule)
+def _search_all(memory: Tensor, work: _Work) -> None:
+    count = work.flat.numel()
+    scratch = _floats(min(count, _SEARCHED_CHUNK))
+    for part, blocks in chunks(count, work.block_size, _SEARCHED_CHUNK):
+        memory[part] = choose_codes(work.ratios(part, blocks, scratch), work.name, work.rule)
 
 
 def _pack(codes: Tensor, count: int) -> Tensor:
     """Return two codes a byte, the even one in the high nibble. Changes nothing beyond ``codes``' memory."""
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
     pairs = codes.as_strided((2 * len(packed),), (1,)).view(torch.int16)
-    scratch = torch.empty(min(len(packed), _CHUNK), dtype=torch.int16)
-    for start in range(0, len(packed), _CHUNK):
-        pair = pairs[start : start + _CHUNK]
+    scratch = torch.empty(min(len(packed), CHUNK), dtype=torch.int16)
+    for start in range(0, len(packed), CHUNK):
+        pair = pairs[start : start + CHUNK]
         # The low byte of a pair is its first code (memory is little-endian wherever PyTorch has these kernels).
         out = torch.bitwise_right_shift(pair, 8, out=scratch[: len(pair)])
-        packed[start : start + _CHUNK] = torch.add(out, pair, alpha=16, out=out)
+        packed[start : start + CHUNK] = torch.add(out, pair, alpha=16, out=out)
     return packed
 
 
@@ -306,9 +293,9 @@ def _write_values(stored: Tensor, absmax: Tensor, name: str, block_size: int, re
         # Blocks begin in the middle of a byte.
         stored, in_pairs = torch.stack((stored >> 4, stored & 15), dim=1).view(-1)[:count], False
     table = _pair_table(name) if in_pairs else codebook_values(name, "cpu")
-    scratch = _floats(min(count + 1, _CHUNK))
+    scratch = _floats(min(count + 1, CHUNK))
     index_memory = torch.empty(len(scratch), dtype=torch.int32)
-    for part, blocks in _chunks(count, block_size):
+    for part, blocks in chunks(count, block_size):
         size = part.stop - part.start
         source = stored[part.start // 2 : (part.stop + 1) // 2] if in_pairs else stored[part]
         index = index_memory[: len(source)].copy_(source)
@@ -335,7 +322,7 @@ def _keep_nan(flat: Tensor, result: Tensor) -> None:
     """Write the NaN of ``flat`` into ``result``."""
     dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
     # Sums show whether there is one in a fraction of the time of a mask. (So would opposite infinities.)
-    sums = [piece.sum(dtype=dtype) for piece in flat.split(_CHUNK)]
+    sums = [piece.sum(dtype=dtype) for piece in flat.split(CHUNK)]
     for chunk in torch.stack(sums).isnan().nonzero().view(-1).tolist() if sums else ():
-        part = slice(chunk * _CHUNK, (chunk + 1) * _CHUNK)
+        part = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         result[part] = torch.where(flat[part].isnan(), flat[part], result[part])

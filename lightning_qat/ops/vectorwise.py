@@ -9,19 +9,17 @@ above 65504 is infinite there, and its row gets codes of 0 and an infinite absma
 
 from __future__ import annotations
 
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.layout import match_layout
 from lightning_qat.ops.workspace import advise_huge_pages
 
 #: bitsandbytes multiplies by this instead of dividing by 127.
 PER_CODE = 7.874015718698502e-3
-#: Elements that go through all passes at a time, on the calling thread; see ops/codebook_cpu.py.
-_CHUNK = 32 * 1024 - 64
 #: Added and subtracted again, it rounds float32 of up to 2**22 half to even, as ``torch.round`` does. That op
 #: waits for all threads even where a piece is small: 750 ms for 16M elements beside a busy process.
 _ROUNDING = 1.5 * 2.0**23
@@ -91,36 +89,6 @@ def fake_quantize_vectorwise(x: Tensor, threshold: float = 0.0) -> Tensor:
         raise ValueError("x has no dimension; vector-wise quantization needs one of features")
     _check(x, threshold)
     return vectorwise_fake_quantize_op(x, threshold)
-
-
-def quantile_outliers(x: Tensor, quantile: float) -> Tensor:
-    """Return the columns whose largest magnitude lies above a quantile of all magnitudes of the tensor.
-
-    The quantile of n magnitudes is the smallest of them that at least ``quantile * n`` do not exceed: the element
-    number ``ceil(quantile * n)`` in ascending order, without interpolation. Tensors may be of any size (that of
-    ``torch.quantile`` ends at 16 million elements).
-
-    Args:
-        x: floating point ``[..., C]``, finite.
-        quantile: 0 to 1, such as 0.99; with 1 there are no outliers.
-
-    Returns:
-        int64, ascending.
-
-    Raises:
-        ValueError: if ``x`` has no dimension or is not floating point, or ``quantile`` is out of range.
-    """
-    if x.dim() == 0:
-        raise ValueError("x has no dimension; outliers are columns of the last one")
-    _check(x, 0.0)
-    if not 0.0 <= quantile <= 1.0:
-        raise ValueError(f"quantile={quantile!r} is not allowed; use 0.0 to 1.0")
-    if x.numel() == 0:
-        return torch.empty(0, dtype=torch.int64, device=x.device)
-    magnitudes = x.detach().abs()
-    place = min(max(ceil(quantile * x.numel()), 1), x.numel())
-    level = magnitudes.reshape(-1).kthvalue(place).values
-    return (magnitudes.reshape(-1, x.shape[-1]).amax(0) > level).nonzero().view(-1)
 
 
 def _check(x: Tensor, threshold: float) -> None:
@@ -212,7 +180,7 @@ def vectorwise_quantize_cpu(x: Tensor, threshold: float) -> tuple[Tensor, Tensor
     is_outlier = torch.zeros(columns, dtype=torch.bool)
     if x.numel() == 0:
         return codes, absmax, is_outlier
-    step = max(1, _CHUNK // columns)
+    step = max(1, CHUNK // columns)
     memory = torch.empty(2, min(step, rows), columns, dtype=torch.float32)
     halves = torch.empty(0 if x.dtype == torch.float16 else len(memory[0]), columns, dtype=torch.float16)
     limit = torch.tensor(threshold, dtype=torch.float16).item()
@@ -242,7 +210,7 @@ def vectorwise_fake_quantize_cpu(x: Tensor, threshold: float) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     codes, absmax, is_outlier = vectorwise_quantize_cpu(rows, threshold)
     result = advise_huge_pages(torch.empty(rows.shape, dtype=x.dtype))
-    step = max(1, _CHUNK // rows.shape[1])
+    step = max(1, CHUNK // rows.shape[1])
     memory = torch.empty(min(step, len(rows)), rows.shape[1], dtype=torch.float32)
     for start in range(0, len(rows), step):
         part = slice(start, min(len(rows), start + step))

@@ -6,6 +6,8 @@ row is everything of one index of the channel dimension. Source: Dettmers et al.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ class LLMInt8Scheme(Scheme):
         Args:
             tensor: any shape; a row is everything of one index of dimension 0.
             fmt: one scale for each row.
-            threshold: up to 1 a quantile: columns whose largest magnitude lies above it among those of all columns;
+            threshold: up to 1 a quantile: columns whose largest magnitude lies above that of this share of all columns;
                 above 1 a magnitude: columns with an element of that or more; 0 is none.
             stochastic: round stochastically.
             generator: of the random numbers.
@@ -103,5 +105,6 @@ def _drawn_codes(rows: Tensor, absmax: Tensor, generator: torch.Generator | None
 def _above_quantile(rows: Tensor, quantile: float) -> Tensor | None:
     if not 0 < quantile < 1 or not rows.numel():
         return None
-    largest = rows.abs().amax(0).float()
-    return (largest > torch.quantile(largest, quantile)).nonzero().reshape(-1)
+    largest = torch.maximum(rows.amax(0), -rows.amin(0)).float()
+    place = max(math.ceil(quantile * largest.numel()), 1)  # torch.quantile ends at 16 million
+    return (largest > largest.kthvalue(place).values).nonzero().reshape(-1)

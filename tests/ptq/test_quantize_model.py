@@ -1,0 +1,69 @@
+"""Post-training quantization in one call is the three acts one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensors import randn
+from torch import nn
+
+import lightning_qat as lq
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)]
+    model = nn.Sequential(*layers)
+    model(randn(16, 3, 8, 8))  # statistics of BatchNorm
+    return model
+
+
+@pytest.mark.parametrize("config", [*lq.PRESETS, lq.QuantizationConfig("nf4", group_size=8)], ids=str)
+def test_it_is_prepare_calibrate_convert(config) -> None:
+    if config == "w4a16":
+        config = lq.QATConfig("int4", group_size=9, activation_bits=None)
+    model, batches = network(), [randn(4, 3, 8, 8, seed=i) for i in range(3)]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made = lq.quantize_model(model, config, calibration=batches, verify=True)
+    by_hand = network().eval()
+    expected = lq.convert(lq.calibrate(lq.prepare(by_hand, config), batches) or by_hand)
+    x = randn(4, 3, 8, 8, seed=9)
+    assert torch.equal(made(x), expected(x))
+    assert lq.parity_report(made).passed
+    assert model.training
+    assert type(model[0]) is nn.Conv2d
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not made.training
+
+
+@pytest.mark.parametrize("config", ["int8_dynamic", "int8_weight_only", "nf4", "llm_int8"])
+def test_without_calibration(config: str) -> None:
+    made = lq.quantize_model(network(), config)
+    assert lq.sqnr(network().eval()(randn(4, 3, 8, 8)), made(randn(4, 3, 8, 8))) > 10
+
+
+def test_what_is_missing_is_told() -> None:
+    with pytest.raises(ValueError, match="inputs of 2 layers, such as '0', need calibrated ranges"):
+        lq.quantize_model(network(), "int8")
+    with pytest.raises(ValueError, match="method='rnt' is not known; use one of: 'rtn'"):
+        lq.quantize_model(network(), "int8", method="rnt")
+    with pytest.raises(ValueError, match="verify=True needs calibration"):
+        lq.quantize_model(network(), "nf4", verify=True)
+    with pytest.raises(ValueError, match="is prepared"):
+        lq.quantize_model(lq.prepare(network(), "int8"))
+
+
+def test_any_forward() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, a, *, b):
+            return self.layer(a + b)
+
+    x = randn(3, 4)
+    made = lq.quantize_model(Two(), "int8", [{"x": x}], forward=lambda m, batch: m(batch["x"], b=batch["x"]))
+    assert made(x, b=x).shape == (3, 2)
+    assert lq.quantize_model(Two(), "int8", [{"a": x, "b": x}])(x, b=x).shape == (3, 2)
