@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qat.kernels.launch import EXACT, Tuned, blocks_of, on_device_of
+from lightning_qat.kernels.launch import CAPABILITIES, EXACT, Tuned, blocks_of, on_device_of
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def _check(a: Tensor, b: Tensor) -> None:
         raise ValueError(f"a has {a.shape[1]} columns and b {b.shape[1]}; they must be equal")
 
 
-def _tuned(tiles: list[Tile]) -> dict[str, Tuned]:
+def _tuned() -> dict[str, Tuned]:
     signature = {"a_ptr": "*i8:16", "b_ptr": "*i8:16", "out_ptr": "*bf16:16", "zero_ptr": "*i32:16"}
     signature |= dict.fromkeys(("a_scale_ptr", "b_scale_ptr", "bias_ptr"), "*fp32:16")
     signature |= {"sums_ptr": "*i32:16", "M": "i32:16", "N": "i32:16", "K": "i32:16"}
@@ -210,11 +210,10 @@ def _tuned(tiles: list[Tile]) -> dict[str, Tuned]:
         f"{t.m}x{t.n}x{t.k}": Tuned(
             kernel=w8a8_matmul_kernel, signature=signature, constexprs={**rows, **t.constexprs()},
             num_warps=t.warps, num_stages=t.stages,
+            capabilities=tuple(c for c in CAPABILITIES if c >= t.since),
         )
-        for t in tiles
+        for t in TILES
     }  # fmt: skip
 
 
-TUNED = _tuned([tile for tile in TILES if tile.since == 80])
-#: What only sm_90 and later have the shared memory and the registers for.
-TUNED_SINCE_90 = _tuned([tile for tile in TILES if tile.since == 90])
+TUNED = _tuned()

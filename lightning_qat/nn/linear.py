@@ -14,6 +14,7 @@ from lightning_qat.nn.execution import IntegerKernel, static_input, takes_intege
 from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
 from lightning_qat.nn.region import RegionTensor, settled
 from lightning_qat.nn.single import init_from
+from lightning_qat.nn.triton_linear import takes_triton, triton_execution, triton_kernel
 from lightning_qat.ops.digit_linear import digit_linear, digits_are_exact, digits_pay, pack_digits
 from lightning_qat.ops.int4_linear import int4_fits, int4_is_exact, int4_linear, pack_int4
 from lightning_qat.ops.integer_conv import CodeGrid
@@ -56,7 +57,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         input = settled(input)
-        kernel = self._kernel(input)
+        kernel = self._on_gpu() if takes_triton(self, input) else self._kernel(input)
         if kernel is not None:
             return kernel(input, self.bias)
         input, fmt = self.quantized_input(input), self.weight_format
@@ -64,6 +65,14 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return F.linear(input, self.weight, self.bias)
         held = (self.weight_packed, self.scale, self.weight_zero_point, self.weight_shape, fmt)
         return get_scheme(fmt.scheme).linear(input, *held, self.bias)
+
+    def _on_gpu(self) -> IntegerKernel | None:
+        return self.kernel_cache.get(self, ("triton",), lambda: triton_kernel(self))
+
+    @property
+    def execution(self) -> str:
+        on_gpu = triton_execution(self) if self.weight_packed.device.type == "cuda" else None
+        return super().execution if on_gpu is None else on_gpu
 
     def _integer_execution(self) -> str:
         fmt = self.input_format

@@ -389,5 +389,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 codebook_fake_quantize_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# The kernels of the CPU register themselves; they need what is defined above.
+# The kernels of the CPU and of CUDA register themselves; they need what is defined above.
 from lightning_qat.ops import codebook_cpu as _cpu  # noqa: E402, F401
+from lightning_qat.ops import codebook_cuda as _cuda  # noqa: E402, F401

@@ -63,7 +63,14 @@ def dequantize_int4(
 def int4_dequantize_op(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, numel: int, run: int, dtype: torch.dtype
 ) -> Tensor:
-    """The unchecked op behind :func:`dequantize_int4`: one-dimensional values. This is the definition."""
+    """The unchecked op behind :func:`dequantize_int4`: one-dimensional values."""
+    return reference_int4_dequantize(packed, scale, zero_point, numel, run, dtype)
+
+
+def reference_int4_dequantize(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, numel: int, run: int, dtype: torch.dtype
+) -> Tensor:
+    """The definition, by way of the codes."""
     if not numel:
         return scale.new_empty(0, dtype=dtype)
     codes = unpack_bits(packed, 4, (numel,), signed=zero_point is None)

@@ -81,6 +81,25 @@ def test_bytes_equal_bitsandbytes_on_cpu(device: str, name: str, case: tuple[Ten
     assert torch.equal(packed.cpu(), expected.reshape(-1))
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_a_short_block_is_divided_as_bitsandbytes_does_on_cpu(device: str, name: str) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    thresholds, told_apart = tables.thresholds(name, "cpu", "cpu"), 0
+    for absmax in (torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.5).unbind():
+        near = thresholds * absmax
+        steps = [torch.nextafter(near, torch.tensor(to)) for to in (-2.0, 2.0)]
+        x = torch.cat((absmax.reshape(1), near, *steps))
+        by_reciprocal = torch.bucketize(x * (1 / absmax), thresholds)
+        told_apart += int((torch.bucketize(x / absmax, thresholds) != by_reciprocal).sum())
+        expected, _ = functional.quantize_4bit(x, blocksize=64, quant_type=name)
+        packed, _ = quantize(x.to(device), name, "cpu", 64)
+        assert torch.equal(packed.cpu(), expected.reshape(-1))
+    assert told_apart > 10  # the input does tell the two apart
+    _, state = functional.quantize_4bit(torch.zeros(67), blocksize=64, quant_type=name)
+    _, least = quantize(torch.zeros(67, device=device), name, "cpu", 64)
+    assert least.tolist() == state.absmax.tolist() == [0.0, float(torch.tensor(1e-38))]
+
+
 def cuda_fp4(y: float) -> int:
     """The CUDA kernel's dQuantizeFP4, in float32 numbers that Python holds exactly."""
     bounds = [float(torch.tensor(t)) for t in (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667)]

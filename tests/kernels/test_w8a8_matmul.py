@@ -134,7 +134,7 @@ def test_compiles_without_spills(compiler: None, tile: kernels.Tile) -> None:
     capabilities = tuple(c for c in aot.CAPABILITIES if c >= tile.since)
     limits = {80: 163, 90: 227, 100: 227}
     for capability in capabilities:
-        used = aot.measure((kernels.TUNED | kernels.TUNED_SINCE_90)[name], capability)
+        used = aot.measure(kernels.TUNED[name], capability)
         assert used["spills"] == 0
         assert used["shared"] <= limits[capability] * 1024
 
