@@ -10,7 +10,6 @@ bitsandbytes for fp4, the nibble order and every decision on a tie.
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +23,16 @@ from lightning_qat.ops.codebook_tables import (
     least_absmax,
     nan_code,
     thresholds,
-    zero_code,
 )
 from lightning_qat.ops.codebook_tables import (
     codebook as codebook_values,
 )
 from lightning_qat.ops.layout import match_layout
+from lightning_qat.ops.nibbles import pack_nibbles as pack_nibbles
+from lightning_qat.ops.nibbles import unpack_nibbles as unpack_nibbles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 #: A value up to this many times its block's absmax has its gradient. The slack is for the block's maximum where
 #: the absmax went through another rounding.
@@ -60,7 +60,7 @@ def block_absmax(x: Tensor, block_size: int, *, codebook: str | None = None, rul
     if codebook is None:
         return _absmax(x.reshape(-1), block_size)
     check_codebook(codebook, rule)
-    return reference_absmax(x.reshape(-1), codebook, block_size, rule)
+    return codebook_absmax_op(x, codebook, block_size, rule)
 
 
 def quantize_codebook(
@@ -162,35 +162,6 @@ def fake_quantize_codebook(
     if stored_absmax is not None:
         _check_blocks(x, stored_absmax, codebook, block_size)
     return codebook_fake_quantize_op(x, absmax, stored_absmax, codebook, block_size, rule)
-
-
-def pack_nibbles(codes: Tensor, codebook: str = "nf4") -> Tensor:
-    """Return two 4-bit codes a byte, the even element in the high nibble, uint8 ``[(numel + 1) // 2]``.
-
-    Args:
-        codes: uint8 of 0 to 15, any shape.
-        codebook: an odd number of codes is filled up with the code of 0.0 in this format, as bitsandbytes does.
-    """
-    flat = codes.reshape(-1)
-    if flat.numel() % 2:
-        flat = torch.cat((flat, flat.new_full((1,), zero_code(codebook))))
-    return (flat[::2] << 4) | flat[1::2]
-
-
-def unpack_nibbles(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the codes that :func:`pack_nibbles` packed, uint8 of ``shape``.
-
-    Raises:
-        ValueError: if ``packed`` has another size than ``shape`` takes.
-    """
-    count = prod(shape)
-    if packed.dtype != torch.uint8 or packed.numel() != (count + 1) // 2:
-        raise ValueError(
-            f"packed is {packed.dtype} with {packed.numel()} elements; codes of shape {tuple(shape)} take "
-            f"{(count + 1) // 2} of torch.uint8"
-        )
-    flat = packed.reshape(-1)
-    return torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:count].reshape(tuple(shape))
 
 
 # --- the checks -----------------------------------------------------------------------------------
@@ -323,6 +294,12 @@ def _quantize_stochastically(
 # --- the ops --------------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("lightning_qat::codebook_absmax", mutates_args=())
+def codebook_absmax_op(x: Tensor, name: str, block_size: int, rule: str) -> Tensor:
+    """Unchecked: the absmax of every block as it is stored; see :func:`reference_absmax`."""
+    return reference_absmax(x.reshape(-1), name, block_size, rule)
+
+
 @torch.library.custom_op("lightning_qat::codebook_quantize", mutates_args=())
 def codebook_quantize_op(
     x: Tensor, absmax: Tensor | None, name: str, block_size: int, rule: str
@@ -351,6 +328,11 @@ def codebook_fake_quantize_op(
 def codebook_fake_quantize_backward_op(grad: Tensor, x: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     """The gradient of :func:`codebook_fake_quantize_op`; see :func:`reference_fake_quantize_backward`."""
     return reference_fake_quantize_backward(grad, x, absmax, block_size)
+
+
+@codebook_absmax_op.register_fake
+def _(x: Tensor, name: str, block_size: int, rule: str) -> Tensor:
+    return x.new_empty((x.numel() + block_size - 1) // block_size, dtype=torch.float32)
 
 
 @codebook_quantize_op.register_fake

@@ -17,6 +17,7 @@ from lightning_qat.ops.chunks import CHUNK, chunks
 from lightning_qat.ops.codebook import (
     EDGE,
     choose_codes,
+    codebook_absmax_op,
     codebook_dequantize_op,
     codebook_fake_quantize_backward_op,
     codebook_fake_quantize_op,
@@ -55,6 +56,12 @@ _SEARCH_WORDS = CHUNK
 
 
 # --- the kernels ----------------------------------------------------------------------------------
+
+
+@codebook_absmax_op.register_kernel("cpu")
+def codebook_absmax_cpu(x: Tensor, name: str, block_size: int, rule: str) -> Tensor:
+    """The definition in small pieces."""
+    return _absmax(x.reshape(-1), name, block_size, rule)
 
 
 @codebook_quantize_op.register_kernel("cpu")

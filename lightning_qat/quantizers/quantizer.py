@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from lightning_qat.schemes import (
     scale_shape,
     weight_format,
 )
+from lightning_qat.schemes.finite import check_finite
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
 
 
@@ -124,18 +124,24 @@ class Quantizer:
         """
         _check_floating(tensor, "tensor")
         tensor = tensor.detach()
-        check_finite(tensor)
         bnb, scheme = self.config.bnb, self.scheme
         stochastic = bnb is not None and bnb.stochastic
         if self.config.scheme == QuantizationScheme.LLM_INT8 and self._observer is None:
             fmt = weight_format(self.config, tensor.shape)
             threshold = 0.0 if bnb is None else float(bnb.outlier_threshold)
             return scheme.quantize_with_outliers(tensor, fmt, threshold, stochastic=stochastic, generator=generator)
+        by_blocks = scheme.block_size is not None and self._observer is None
+        if not by_blocks:
+            check_finite(tensor)
         scale, zero_point, fmt = self._parameters(tensor)
+        # Largest magnitudes show what is not finite without a pass of its own; infinity is cut to the largest float32.
+        if by_blocks and not bool((scale < torch.finfo(torch.float32).max).all()):
+            check_finite(tensor)
         if stochastic:
             codes = scheme.quantize_stochastically(tensor, scale, zero_point, fmt, generator)
+            packed = scheme.pack(codes.contiguous(), fmt)
         else:
-            codes = scheme.quantize(tensor, scale, zero_point, fmt)
+            packed = scheme.quantize_packed(tensor, scale, zero_point, fmt)
         # Asymmetric integers alone have a zero point to keep.
         kept = None if fmt.symmetric else zero_point
         stored = scheme.store_scale(scale, fmt)
@@ -144,7 +150,6 @@ class Quantizer:
                 "tensor has blocks whose magnitudes are too large to be nested: their sum is beyond float32; use "
                 "nested_quantization=False"
             )
-        packed = scheme.pack(codes.contiguous(), fmt)
         return QuantizedTensor(packed, stored, kept, fmt, tensor.shape, tensor.dtype)
 
     def _parameters(self, tensor: Tensor) -> tuple[Tensor, Tensor | None, TensorFormat]:
@@ -186,18 +191,6 @@ def _check_floating(tensor: Any, what: str) -> None:
         raise TypeError(f"{what} is a {type(tensor).__name__}; use a floating-point torch.Tensor")
     if not tensor.is_floating_point():
         raise TypeError(f"{what} has dtype {tensor.dtype}; use a floating-point dtype, as by tensor.float()")
-
-
-def check_finite(tensor: Tensor) -> None:
-    """Raise ``ValueError`` naming the first NaN or infinity of ``tensor`` and how many there are."""
-    if not tensor.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
-        return  # NaN and infinity come out of the extremes: one pass
-    places = (~torch.isfinite(tensor)).nonzero()
-    first = tuple(places[0].tolist())
-    raise ValueError(
-        f"tensor holds {float(tensor[first])} at index {first} ({len(places)} of {tensor.numel()} values are NaN or "
-        "infinite), which has no code; replace it, as by torch.nan_to_num"
-    )
 
 
 def quantize(

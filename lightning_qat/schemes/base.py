@@ -113,6 +113,10 @@ class Scheme(ABC):
             return packed.reshape(shape)
         return unpack_bits(packed, fmt.bits, shape, signed=fmt.symmetric)
 
+    def quantize_packed(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+        """Return :meth:`pack` of what :meth:`quantize` returns."""
+        return self.pack(self.quantize(x, scale, zero_point, fmt).contiguous(), fmt)
+
     def dequantize_packed(
         self,
         packed: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_qat.ops.codebook import (
     block_absmax,
     codebook_dequantize_op,
+    codebook_quantize_op,
     dequantize_codebook,
     fake_quantize_codebook,
     pack_nibbles,
@@ -73,6 +74,9 @@ class CodebookScheme(Scheme):
 
     def unpack(self, packed: Tensor, shape: torch.Size, fmt: TensorFormat) -> Tensor:
         return unpack_nibbles(packed, shape) if fmt.bits == 4 else packed.reshape(shape)
+
+    def quantize_packed(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+        return codebook_quantize_op(x, scale, self.codebook, _block(fmt), fmt.rule)[0]
 
     def dequantize_packed(
         self,

@@ -15,6 +15,7 @@ from lightning_qat.ops.stochastic import round_stochastically
 from lightning_qat.ops.vectorwise import dequantize_vectorwise, fake_quantize_vectorwise, quantize_vectorwise
 from lightning_qat.ops.vectorwise_codes import round_to_half, vectorwise_codes_op, vectorwise_steps, whole_codes
 from lightning_qat.schemes.base import Scheme, _register
+from lightning_qat.schemes.finite import check_finite
 from lightning_qat.schemes.format import TensorFormat, rows_of, rows_to
 from lightning_qat.schemes.quantized_tensor import Outliers, QuantizedTensor
 
@@ -73,6 +74,8 @@ class LLMInt8Scheme(Scheme):
             stochastic: round stochastically.
             generator: of the random numbers.
         """
+        if threshold > 0:  # an infinity would be kept as an outlier
+            check_finite(tensor)
         rows = rows_of(tensor, fmt)
         columns = None
         if threshold > 1:
@@ -84,7 +87,8 @@ class LLMInt8Scheme(Scheme):
         if stochastic:
             kept = rows if columns is None else rows.index_fill(1, columns, 0.0)
             codes = _drawn_codes(kept, absmax, generator)
-        if bool(torch.isinf(absmax).any()):
+        if not bool(torch.isfinite(absmax).all()):
+            check_finite(tensor)
             raise ValueError(
                 "tensor holds a magnitude above 65504, which float16 does not: LLM.int8() computes in it; scale the "
                 "tensor, or use scheme='int8'"

@@ -88,6 +88,7 @@ def _check_codes(where: str, x: Tensor, fmt: TensorFormat) -> None:
     most = -(-x.numel() * fmt.bits // 8)
     size = packed.numel() * packed.element_size()
     _require(size <= max(most, 2 * x.numel() * (fmt.bits > 8)), where, f"pack wastes memory: {size} bytes for {most}")
+    _require(_equal(scheme.quantize_packed(x, scale, zero_point, fmt), packed), where, "quantize_packed is not pack")
     unpacked = scheme.unpack(packed, x.shape, fmt)
     _require(_equal(unpacked, codes), where, "unpack(pack(codes)) is not codes")
     stored = scheme.read_scale(scheme.store_scale(scale, fmt), fmt)

@@ -11,7 +11,7 @@ from lightning_qat.kernels.resources import Resources, compile_for, measure
 
 __all__ = ["CAPABILITIES", "check", "ptx"]
 
-#: What a thread and a program may take on the smallest of the targets (sm_80).
+#: What a thread may take, and a program on each target.
 MOST_REGISTERS = 255
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
