@@ -33,11 +33,13 @@ class Peer:
         name: in the table.
         build: makes it of a float model in evaluation mode, which it may change, and of samples of its input.
         packages: that have to be installed, besides PyTorch.
+        bits: that a weight takes where it is stored, scales counted; None is the float model's own.
     """
 
     name: str
     build: Callable[[nn.Module, Tensor], Run]
     packages: tuple[str, ...] = ()
+    bits: float | None = None
 
     @property
     def installed(self) -> bool:
@@ -122,6 +124,38 @@ def _torchao_dynamic(model: nn.Module, samples: Tensor) -> Run:
     return forward_of(model)
 
 
+def _torchao_int4(model: nn.Module, samples: Tensor) -> Run:
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    quantize_(model, Int4WeightOnlyConfig(group_size=128))
+    return forward_of(model)
+
+
+def _torch_compile(model: nn.Module, samples: Tensor) -> Run:
+    return forward_of(torch.compile(model))  # type: ignore[arg-type]
+
+
+def _bitsandbytes_nf4(model: nn.Module, samples: Tensor) -> Run:
+    from bitsandbytes.nn import Linear4bit
+
+    return _bitsandbytes(model, lambda n, k, bias: Linear4bit(k, n, bias, samples.dtype, quant_type="nf4"))
+
+
+def _bitsandbytes_int8(model: nn.Module, samples: Tensor) -> Run:
+    from bitsandbytes.nn import Linear8bitLt
+
+    return _bitsandbytes(model, lambda n, k, bias: Linear8bitLt(k, n, bias, has_fp16_weights=False, threshold=6.0))
+
+
+def _bitsandbytes(model: nn.Module, make: Callable[[int, int, bool], nn.Module]) -> Run:
+    """Return the one Linear of ``model`` in a class of bitsandbytes, which quantizes as it goes to the device."""
+    layer: Any
+    (layer,) = model.children()
+    made = make(layer.out_features, layer.in_features, layer.bias is not None)
+    made.load_state_dict(layer.state_dict())
+    return forward_of(made.to(layer.weight.device).eval())
+
+
 def _onnxruntime_float(model: nn.Module, samples: Tensor) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         return _session(_exported(model, samples, Path(folder)))
@@ -196,6 +230,8 @@ _ONNXRUNTIME = ("onnxruntime", "onnx", "onnxscript")
 
 #: Packages of the peers, in the order of the tables.
 PACKAGES = ("torchao", *_ONNXRUNTIME)
+#: Of those of ``convert`` and ``matmul``.
+TENSOR_PACKAGES = ("bitsandbytes", "torchao")
 
 LINEAR_PEERS = (
     Peer("torch.ao dynamic, per tensor", _torch_ao_dynamic),
@@ -208,4 +244,19 @@ NETWORK_PEERS = (
     Peer("torch.ao FX", _torch_ao_fx),
     Peer("onnxruntime float32", _onnxruntime_float, _ONNXRUNTIME),
     Peer("onnxruntime int8, QDQ static", _onnxruntime_static, _ONNXRUNTIME),
+)
+
+#: Of one Linear in a Sequential.
+MATMUL_PEERS = (
+    Peer("torch.ao dynamic, per tensor", _torch_ao_dynamic, bits=8),
+    Peer("torchao int8, dynamic per token", _torchao_dynamic, ("torchao",), bits=8),
+    Peer("bitsandbytes Linear8bitLt", _bitsandbytes_int8, ("bitsandbytes",), bits=8),
+    Peer("bitsandbytes Linear4bit nf4", _bitsandbytes_nf4, ("bitsandbytes",), bits=4.5),
+)
+
+MATMUL_PEERS_GPU = (
+    Peer("torch.compile", _torch_compile),
+    Peer("torchao int8, dynamic per token", _torchao_dynamic, ("torchao",), bits=8),
+    Peer("torchao int4, group 128", _torchao_int4, ("torchao",), bits=4.25),
+    *MATMUL_PEERS[-2:],
 )

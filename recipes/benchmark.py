@@ -1,4 +1,4 @@
-"""Measure what this machine does: fake quantization, training step and inference, beside the peers."""
+"""Measure what this machine does: kernels, training step and inference, beside the peers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,36 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ._benchmark_convert import convert_group
 from ._benchmark_fake_quantize import fake_quantize_group
 from ._benchmark_inference import inference_group
+from ._benchmark_matmul import matmul_group
 from ._benchmark_peers import PACKAGES as PEER_PACKAGES
+from ._benchmark_peers import TENSOR_PACKAGES
 from ._benchmark_train_step import train_step_group
 from ._errors import ConfigError, nearest
 from ._provenance import source_commit
-from ._timing import Results, Timing, machine
+from ._timing import CPU, Conditions, Gauge, Results, Timing, machine
 
-#: Registry of group -> what measures it, given the rounds.
-GROUPS: dict[str, Callable[[int], Results]] = {
+#: Registry of group -> what measures it.
+GROUPS: dict[str, Callable[[Conditions], Results]] = {
     "fake_quantize": fake_quantize_group,
-    "train_step": train_step_group,
-    "inference": inference_group,
+    "convert": convert_group,
+    "matmul": matmul_group,
+    "train_step": lambda conditions: train_step_group(conditions.rounds),
+    "inference": lambda conditions: inference_group(conditions.rounds),
 }
+
+#: Groups that are measured on the CPU wherever the others are.
+_ON_CPU = ("train_step", "inference")
+_DEVICES = ("auto", "cpu", "cuda")
+
+#: Group -> packages that its peers need.
+_PEERS = {"inference": PEER_PACKAGES, "convert": TENSOR_PACKAGES, "matmul": TENSOR_PACKAGES}
+_PACKAGES = ("lightning-qat", "torch", "lightning", "triton", *dict.fromkeys((*TENSOR_PACKAGES, *PEER_PACKAGES)))
+
+#: Columns of the tables where the output has no width of its own.
+_WIDTH = 100
 
 
 def benchmark(cfg: DictConfig) -> Results:
@@ -38,15 +54,32 @@ def benchmark(cfg: DictConfig) -> Results:
     for group in cfg.groups:
         if group not in GROUPS:
             raise ConfigError(f"groups={group!r} is not known{nearest(group, GROUPS)}")
+    device = chosen_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    facts = machine(cfg.rounds, ("lightning-qat", "torch", "lightning", *PEER_PACKAGES))
-    results = sum((GROUPS[group](cfg.rounds) for group in cfg.groups), Results())
+    gauge = Gauge(device)
+    facts = machine(cfg.rounds, _PACKAGES, gauge)
+    conditions = Conditions(cfg.rounds, device, cfg.size, gauge)
+    results = sum((GROUPS[group](conditions) for group in cfg.groups), Results())
+    still = [group for group in cfg.groups if group in _ON_CPU and device != CPU]
+    if still:
+        results += Results(notes=[f"{' and '.join(still)}: on the CPU, with device={device.type} too"])
     path = Path(cfg.output_dir) / "benchmark.json"
     found = {"timings": [asdict(timing) for timing in results.timings], "notes": list(results.notes)}
-    _write(path, {"machine": facts, "commit": source_commit(), "rounds": cfg.rounds, **found})
+    _write(path, {"machine": facts, "commit": source_commit(), "rounds": cfg.rounds, "size": cfg.size, **found})
     _show(facts, results, path)
     return results
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device that a config names; ``"auto"`` is a GPU where PyTorch sees one."""
+    if name not in _DEVICES:
+        raise ConfigError(f"device={name!r} is not known{nearest(name, _DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device='cuda' needs a GPU, and PyTorch {torch.__version__} sees none here; use device=cpu or device=auto"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
@@ -58,20 +91,39 @@ def _write(path: Path, results: dict[str, Any]) -> None:
 
 def _show(facts: dict[str, Any], results: Results, path: Path) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    groups = {timing.group.split()[0] for timing in results.timings}
     for group, timings in itertools.groupby(results.timings, key=lambda timing: timing.group):
         console.print(_table(group, list(timings)), "")
     lines = [
-        f"{facts['capability']}, {facts['threads']} threads, torch {facts['versions']['torch']}: copies "
-        f"{facts['copy_gigabytes_per_second']:.0f} GB/s, multiplies {facts['matrix_gigaflops']:.0f} GFLOP/s (float32)",
+        f"{_named(facts)}, torch {facts['versions']['torch']}: copies {facts['copy_gigabytes_per_second']:.0f} GB/s, "
+        f"multiplies {facts['matrix_gigaflops']:.0f} GFLOP/s ({'bfloat16' if facts['gpu'] else 'float32'})",
         "Medians, taken in turn. As fast, time: of the first row's. kept: memory that a forward leaves for backward; "
         "peak: the most that a forward and a backward have at once; both of the first row's. SQNR: against float.",
-        *results.notes,
     ]
-    missing = [package for package in PEER_PACKAGES if facts["versions"][package] is None]
-    if missing and any(timing.group.startswith("inference") for timing in results.timings):
+    if any(timing.moved is not None for timing in results.timings):
+        lines.append(
+            "MB: what has to be read and written, of matmul the weights as they are stored, input and output; GB/s: "
+            "that, by the time; copy, matrix: shares of what the machine itself copied and multiplied in turn with "
+            "them. More than 100 % is possible: from caches, by reading only, and with integers."
+        )
+    missing = [name for name in _PACKAGES if facts["versions"][name] is None and _concerned(name, groups)]
+    if missing:
         lines.append(f"not installed: {', '.join(missing)}")
-    for line in [*lines, f"Everything is in {path}"]:
+    for line in [*lines, *results.notes, f"Everything is in {path}"]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _named(facts: dict[str, Any]) -> str:
+    gpu = facts["gpu"]
+    if gpu is not None:
+        return f"{gpu['name']} (capability {gpu['capability']})"
+    return f"{facts['capability']}, {facts['threads']} threads"
+
+
+def _concerned(package: str, groups: set[str]) -> bool:
+    return any(package in packages for group, packages in _PEERS.items() if group in groups)
 
 
 def _table(group: str, timings: list[Timing]) -> Table:
@@ -91,14 +143,28 @@ def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-#: Registry of column -> its text for one alternative, empty where that was not measured.
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def _number(value: float | None, unit: float = 1.0) -> str:
+    return "" if value is None else f"{value / unit:.{0 if value / unit >= 100 else 1}f}"
+
+
+#: Registry of column -> its text for one alternative, empty where that was not measured. Where there are rates, the
+#: time relative to the first row's, which is "as fast" upside down, makes room.
 _FIGURES: dict[str, Callable[[Timing], str]] = {
-    "ms": lambda timing: f"{timing.milliseconds:.2f}",
+    "ms": lambda timing: f"{timing.milliseconds:.{2 if timing.milliseconds >= 1 else 3}f}",
     "as fast": lambda timing: _times(timing.ratio),
-    "time": lambda timing: _times(1 / timing.ratio),
+    "time": lambda timing: "" if timing.operations or timing.moved else _times(1 / timing.ratio),
     "kept": lambda timing: _times(timing.kept),
     "peak": lambda timing: _times(timing.peak),
     "SQNR (dB)": lambda timing: "" if timing.sqnr_db is None else f"{timing.sqnr_db:.1f}",
+    "MB": lambda timing: "" if timing.operations else _number(timing.moved, 1e6),
+    "GB/s": lambda timing: _number(timing.gigabytes_per_second),
+    "copy": lambda timing: _share(timing.of_copy),
+    "GFLOP/s": lambda timing: _number(timing.gigaflops),
+    "matrix": lambda timing: _share(timing.of_matrix),
 }
 
 

@@ -9,14 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_qat.config import PRESETS
-from lightning_qat.recipes import _benchmark_fake_quantize, _benchmark_inference, _benchmark_train_step
+from lightning_qat.recipes import (
+    _benchmark_inference,
+    _benchmark_train_step,
+    _timing,
+    benchmark,
+)
 from lightning_qat.recipes._benchmark_peers import LINEAR_PEERS, NETWORK_PEERS, PACKAGES, Peer, working_peers
+from lightning_qat.recipes._errors import ConfigError
 from lightning_qat.recipes._provenance import source_commit
-from lightning_qat.recipes._timing import Results, Timing
+from lightning_qat.recipes._timing import Conditions, Gauge, Results, Timing, rated
 from lightning_qat.recipes.benchmark import _table
 
 
@@ -25,18 +33,28 @@ def run(folder, *overrides):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
+def run_here(folder, **settings):
+    """Run the recipe in this process."""
+    cfg = {"rounds": 1, "threads": None, "size": None, "output_dir": str(folder), **settings}
+    return benchmark.benchmark(OmegaConf.create(cfg))
+
+
 def test_the_verb_writes_json_with_machine_and_versions(tmp_path):
-    done = run(tmp_path, "groups=[fake_quantize]", "rounds=1")
+    done = run(tmp_path, "groups=[fake_quantize]", "rounds=1", "size=256", "device=cpu")
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.rglob("benchmark.json")
     results = json.loads(path.read_text())
     assert results["machine"]["versions"]["torch"] == torch.__version__
     assert results["machine"]["copy_gigabytes_per_second"] > 0
-    assert set(PACKAGES) <= results["machine"]["versions"].keys()
+    assert (results["machine"]["device"], results["machine"]["gpu"], results["size"]) == ("cpu", None, 256)
+    assert {*PACKAGES, "bitsandbytes", "triton"} <= results["machine"]["versions"].keys()
     assert results["commit"] == source_commit()
     assert results["notes"] == []
-    assert "not installed" not in done.stdout  # only inference has such peers
+    assert "not installed" not in done.stdout  # this group has no such peers
     assert {timing["name"] for timing in results["timings"]} == {"torch", "lightning_qat"}
+    forward, *_, learned = results["timings"]
+    assert (forward["moved"], learned["moved"]) == (2 * 256 * 256 * 4, 3 * 256 * 256 * 4)
+    assert forward["of_copy"] > 0
     assert "torch 2" in done.stdout
 
 
@@ -46,10 +64,133 @@ def test_an_unknown_group_is_answered_with_the_nearest(tmp_path):
     assert "did you mean 'train_step'" in done.stderr
 
 
-def test_wrong_numbers_are_not_timed(monkeypatch):
-    monkeypatch.setattr(_benchmark_fake_quantize, "fake_quantize", lambda x, scale, axis: x)
-    with pytest.raises(RuntimeError, match="differs from torch"):
-        _benchmark_fake_quantize.fake_quantize_group(1, size=8)
+def test_a_device_that_is_not_there_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="needs a GPU, and PyTorch .* sees none here; use device=cpu"):
+        benchmark.chosen_device("cuda")
+    with pytest.raises(ConfigError, match="did you mean 'cuda'"):
+        benchmark.chosen_device("cudaa")
+    assert [benchmark.chosen_device(name).type for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [benchmark.chosen_device(name).type for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_verb_without_a_gpu(tmp_path):
+    done = run(tmp_path, "device=cuda")
+    assert done.returncode == 2
+    assert "use device=cpu or device=auto" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def fake_gpu(monkeypatch):
+    """Let the benchmark believe in a GPU; nothing is run there."""
+    facts = {"name": "NVIDIA H200", "capability": "9.0"}
+    monkeypatch.setattr(benchmark, "chosen_device", lambda name: torch.device("cuda"))
+    # The first argument is the device.
+    monkeypatch.setattr(benchmark, "Gauge", lambda device: gauge(4000.0))
+    monkeypatch.setattr(_timing, "gpu_facts", lambda device: facts)
+    return facts
+
+
+def gauge(copied, multiplied=1000.0):
+    """Return a gauge of the CPU that finds these rates."""
+    made = Gauge(torch.device("cpu"), elements=4, side=2)
+    made.copy_rate, made.matrix_rate = lambda medians: copied, lambda medians: multiplied
+    return made
+
+
+def test_json_and_text_name_the_gpu_and_what_stays_on_the_cpu(tmp_path, monkeypatch, capsys):
+    facts = fake_gpu(monkeypatch)
+    seen = []
+
+    def group(conditions):
+        seen.append(conditions)
+        cpu = Conditions(1, gauge=conditions.gauge)
+        return Results(rated("convert x", {"a": lambda: None}, cpu, baseline="a", moved={"a": 10**8}))
+
+    monkeypatch.setitem(benchmark.GROUPS, "convert", group)
+    monkeypatch.setitem(benchmark.GROUPS, "train_step", lambda conditions: Results())
+    run_here(tmp_path, groups=["convert", "train_step"], device="auto")
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert found["machine"]["gpu"] == facts
+    assert found["notes"] == ["train_step: on the CPU, with device=cuda too"]
+    timing = found["timings"][0]
+    assert timing["of_copy"] == timing["gigabytes_per_second"] / 4000
+    assert (seen[0].side, seen[0].dtype) == (8192, torch.bfloat16)
+    assert "NVIDIA H200 (capability 9.0)" in capsys.readouterr().out
+
+
+def test_convert_and_matmul_are_written_and_printed_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "Gauge", lambda device: gauge(10.0))
+    run_here(tmp_path, groups=["convert", "matmul"], device="cpu", size=128)
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert {timing["group"].split()[0] for timing in found["timings"]} == {"convert", "matmul"}
+    for timing in found["timings"]:
+        assert timing["of_copy"] == timing["gigabytes_per_second"] / 10
+        assert timing["moved"] > 0
+        assert (timing["of_matrix"] is None) == timing["group"].startswith("convert")
+    lines = capsys.readouterr().out.splitlines()
+    tables = lines[: next(i for i, line in enumerate(lines) if ", torch 2" in line)]
+    assert max(map(len, tables)) <= 100
+    assert "…" not in "".join(tables)
+    assert sum(line.startswith("lightning_qat") for line in tables) == sum(
+        timing["name"].startswith("lightning_qat") for timing in found["timings"]
+    )
+
+
+def test_the_clock_of_a_gpu_flushes_launches_and_waits(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    class Flushed:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: Flushed())
+    medians = _timing.interleaved({"a": lambda: log.append("case")}, 1, "", device=torch.device("cuda"))
+    turn = ["flush", "record", "case", "record", "synchronize"]
+    assert medians == {"a": 2.5}
+    assert log == turn * 5  # one that is not counted, and a turn of a short case
+
+
+def test_rates_are_per_second_and_shares_of_the_devices_own(monkeypatch):
+    own = Gauge(torch.device("cpu"), elements=10**6, side=100)
+    times = {"a": 2.0, "b": 4.0, **dict(zip(own.cases(), (1.0, 0.01), strict=True))}
+    monkeypatch.setattr(_timing, "interleaved", lambda cases, *_, **__: {name: times[name] for name in cases})
+    cases = dict.fromkeys("ab", lambda: None)
+    moved = {"a": 10**7, "b": 10**6}
+    a, b = rated("g", cases, Conditions(1, gauge=own), baseline="b", moved=moved, operations=10**8)
+    assert (a.ratio, a.gigabytes_per_second, a.gigaflops) == (2.0, 5.0, 50.0)
+    assert (a.of_copy, a.of_matrix) == (5.0 / 8.0, 50.0 / 200.0)  # 8 MB a ms, 2 million operations in 10 us
+    assert (b.ratio, b.moved, b.gigabytes_per_second) == (1.0, 10**6, 0.25)
+    (plain, _) = rated("g", cases, Conditions(1, gauge=own), baseline="a", moved=moved)
+    assert (plain.of_copy, plain.gigaflops, plain.of_matrix) == (5.0 / 8.0, None, None)
+    (alone, _) = rated("g", cases, Conditions(1), baseline="a", moved=moved, operations=1)
+    assert (alone.of_copy, alone.of_matrix) == (None, None)
+
+
+def test_tables_fit_100_columns(capsys):
+    name = "torchao int8, dynamic per token"
+    rates = {"gigabytes_per_second": 810.0, "gigaflops": 81000.0, "of_copy": 81.0, "of_matrix": 81.0}
+    timing = Timing("matmul", name, 1234.56, 0.01, sqnr_db=133.3, moved=10**12, operations=10**14, **rates)
+    Console(width=100).print(_table("matmul Linear 4096, batch 256", [timing]))
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if name in line and "8100 %" in line]
+    assert "…" not in out
 
 
 def test_the_training_step_has_its_peers_and_keeps_what_float_keeps():
@@ -177,13 +318,9 @@ def test_results_add_up():
 
 @pytest.mark.skipif(all(map(importlib.util.find_spec, PACKAGES)), reason="all peers are installed")
 def test_what_is_not_installed_is_said_in_one_line(tmp_path, monkeypatch, capsys):
-    from omegaconf import OmegaConf
-
-    from lightning_qat.recipes import benchmark
-
-    monkeypatch.setitem(benchmark.GROUPS, "inference", lambda rounds: Results([Timing("inference x", "float", 1, 1)]))
-    cfg = {"groups": ["inference"], "rounds": 1, "threads": None, "output_dir": str(tmp_path)}
-    benchmark.benchmark(OmegaConf.create(cfg))
+    timing = Timing("inference x", "float", 1, 1)
+    monkeypatch.setitem(benchmark.GROUPS, "inference", lambda conditions: Results([timing]))
+    run_here(tmp_path, groups=["inference"], device="cpu")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not installed: ")]
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     assert line == f"not installed: {', '.join(missing)}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_qat import BitsAndBytesConfig, QuantizationConfig
-from lightning_qat.schemes import registered_schemes
+from lightning_qat import BitsAndBytesConfig, QuantizationConfig, quantize
+from lightning_qat.quantizers.dynamic_range import dynamic_parameters
+from lightning_qat.schemes import get_scheme, input_format, registered_schemes
 from lightning_qat.testing import check_scheme
 
 
@@ -46,3 +47,19 @@ def test_a_broken_scheme_is_told() -> None:
     finally:
         del _REGISTRY["broken"], SCHEME_BITS["broken"]
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("covers", ["token", "tensor"])
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_ranges_found_at_run_time(symmetric: bool, covers: str, bits: int) -> None:
+    config = QuantizationConfig("dynamic", bits=bits, symmetric=symmetric, dynamic_range=covers)
+    for x in (torch.randn(3, 7), torch.randn(2, 5, 6).half(), torch.zeros(2, 4), torch.randn(9, 4).t()):
+        fmt, scheme = input_format(config), get_scheme("dynamic")
+        scale, zero_point, fmt = dynamic_parameters(x, fmt, None)
+        codes = scheme.quantize(x, scale, zero_point, fmt)
+        unpacked = scheme.unpack(scheme.pack(codes, fmt), x.shape, fmt)
+        assert torch.equal(unpacked, codes)
+        values = scheme.dequantize(unpacked, scale, zero_point, fmt, x.dtype)
+        assert torch.equal(values, scheme.fake_quantize(x, scale, zero_point, fmt))
+        assert torch.equal(quantize(x, config).dequantize(), values)
