@@ -53,6 +53,9 @@ DYNAMIC_RANGES = ("token", "tensor")
 OBSERVER_NAMES = ("min_max", "moving_average", "percentile", "histogram", "mse")
 
 
+#: Of bitsandbytes: elements that share a scale.
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
 #: Schemes whose grid is given, and what shares a scale.
 _FIXED_GRIDS = {"nf4": "blocks", "fp4": "blocks", "dynamic_tree": "blocks", "llm_int8": "rows"}
 
@@ -94,7 +97,7 @@ class BitsAndBytesConfig:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or isinstance(self.bits, bool):
             raise ValueError(f"bits={self.bits!r} is not allowed; bitsandbytes has 4 and 8")
-        if self.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size={self.block_size!r} is not allowed; use a power of two from 32 to 4096")
         for name in ("dynamic_tree", "stochastic", "nested_quantization"):
             check_bool(name, getattr(self, name))
@@ -121,7 +124,7 @@ class QuantizationConfig:
             ``"dynamic_tree"`` the block size, which need not divide anything (64, 64 and 256 if neither this nor
             ``bnb`` says).
         calibration_samples: how many samples calibration looks at; None means all it is given.
-        bnb: settings of the bitsandbytes formats.
+        bnb: block size, rule, nesting, rounding and outliers of the bitsandbytes formats; the format is ``scheme``.
         observer: how the range is found: ``"min_max"``, ``"moving_average"``, ``"percentile"``,
             ``"histogram"`` or ``"mse"``; None means ``"min_max"`` for a weight and
             ``"moving_average"`` for an activation.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.config import BitsAndBytesConfig, QuantizationConfig
+from lightning_qat.config import BLOCK_SIZES, BitsAndBytesConfig, QuantizationConfig
 from lightning_qat.ops.codebook_tables import codebook
 from lightning_qat.quantizers.quantizer import quantize
 from lightning_qat.schemes import TensorFormat
@@ -151,7 +151,7 @@ def _write_int8(held: QuantizedTensor) -> dict[str, Tensor]:
         )
     rows = held.shape[0] if len(held.shape) else 1
     return {
-        "weight": held.codes.reshape(rows, -1).contiguous(),
+        "weight": held.codes.reshape(rows, prod(held.shape[1:])).contiguous(),
         "SCB": held.scale.reshape(-1).contiguous(),
         "weight_format": torch.zeros((), dtype=torch.uint8),
     }
@@ -159,6 +159,10 @@ def _write_int8(held: QuantizedTensor) -> dict[str, Tensor]:
 
 def _write_blocks(held: QuantizedTensor) -> dict[str, Tensor]:
     fmt, kind = held.format, _NAMES[held.format.scheme]
+    if fmt.block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"block_size={fmt.block_size} is not one of bitsandbytes: {BLOCK_SIZES}; quantize with one of them"
+        )
     packed = held.packed.reshape(-1, 1) if fmt.bits == 4 else held.codes
     facts: dict[str, Any] = {
         "quant_type": kind,

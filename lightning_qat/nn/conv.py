@@ -50,7 +50,8 @@ class _QuantizedConv(QuantizedLayer):
         if self.spatial_dims == 3:
             return "reference: three spatial dimensions"
         if fmt.dynamic:
-            return "reference: ranges per sample"
+            covered = "sample" if fmt.dynamic_range == "token" else "call"
+            return f"reference: ranges per {covered}"
         if type(self)._conv_forward is not self.float_class._conv_forward:  # type: ignore[attr-defined]
             return "reference: a convolution of its own"
         if not conv_geometry(self).has_exact_kernel(self.weight_shape):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.affine_cpu import dequantize_pieces, quantize_pieces, run_of, takes_pieces
 from lightning_qat.ops.fake_quantize import quant_range, resolve_grid, round_to_codes
 from lightning_qat.ops.layout import match_layout, resolve_layout, view_parameter, view_runs
 
@@ -87,6 +88,9 @@ def quantize_affine(
     dtype = codes_dtype(bits, symmetric)
     if x.numel() == 0:
         return torch.empty_like(x, dtype=dtype)
+    fast = _quantize_on_cpu(x, scale, zero_point, quant_min, quant_max, op_axis, group, dtype)
+    if fast is not None:
+        return match_layout(fast, x)
     values = view_runs(x, group).to(torch.float32)
     step = view_parameter(scale, x.dim(), op_axis, group)
     zero = torch.zeros_like(step) if zero_point is None else view_parameter(zero_point, x.dim(), op_axis, group)
@@ -94,6 +98,27 @@ def quantize_affine(
     codes = round_to_codes(values, step, zero, quant_min, quant_max)
     codes = torch.where(codes.isnan(), zero.clamp(quant_min, quant_max), codes)
     return match_layout(codes.to(dtype).reshape(x.shape), x)
+
+
+def _quantize_on_cpu(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Return the codes, contiguous, or None where they are not found in pieces."""
+    if quant_max - quant_min > 255 or not takes_pieces(x.detach(), scale.detach()):
+        return None
+    run, zero = run_of(x, axis, group), None
+    if zero_point is not None:
+        zero = torch.round(zero_point.detach().to(torch.float32))
+        if not bool(((zero >= quant_min) & (zero <= quant_max)).all()):
+            return None
+    return None if run is None else quantize_pieces(x, scale, zero, quant_min, quant_max, run, dtype)
 
 
 def dequantize_affine(
@@ -129,6 +154,10 @@ def dequantize_affine(
     op_axis, group = resolve_layout(codes, scale, zero_point, axis, group_size)
     if codes.numel() == 0:
         return torch.empty_like(codes, dtype=dtype)
+    run = run_of(codes, op_axis, group) if takes_pieces(codes, scale, zero_point) else None
+    if run is not None:
+        zero = None if zero_point is None else torch.round(zero_point.to(torch.float32))
+        return match_layout(dequantize_pieces(codes, scale, zero, run, dtype), codes)
     values = view_runs(codes, group).to(torch.float32)
     if zero_point is not None:
         values = values - torch.round(view_parameter(zero_point, codes.dim(), op_axis, group))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_qat.ops.integer_linear import SIGNED_OFFSET, PackedWeight, multiply_codes, pack_linear
 from lightning_qat.ops.vectorwise import PER_CODE, vectorwise_quantize_op
+from lightning_qat.ops.vectorwise_codes import columns_above_quantile
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,17 @@ def outlier_linear(x: Tensor, threshold: float, weight: OutlierWeight, bias: Ten
 
     Args:
         x: ``[..., in_features]``.
-        threshold: magnitudes of at least this are outliers; 0.0 is none.
+        threshold: above 1 magnitudes of at least this are outliers; up to 1 it is a quantile of the columns, see
+            :func:`columns_above_quantile`; 0.0 is none.
         weight: of :func:`pack_with_outliers`.
         bias: ``[out_features]`` or None.
     """
     rows = x.reshape(-1, x.shape[-1])
-    codes, absmax, is_outlier = vectorwise_quantize_op(rows, threshold)
+    if threshold > 1:
+        codes, absmax, is_outlier = vectorwise_quantize_op(rows, threshold)
+    else:
+        is_outlier = columns_above_quantile(rows, threshold)
+        codes, absmax, _ = vectorwise_quantize_op(rows.masked_fill(is_outlier, 0.0) if threshold else rows, 0.0)
     # Adding 128 modulo 256 is flipping the highest bit.
     unsigned = codes.view(torch.uint8).bitwise_xor_(SIGNED_OFFSET)
     result = multiply_codes(unsigned, 1.0, SIGNED_OFFSET, weight.packed, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,20 @@ def vectorwise_steps(x: Tensor, absmax: Tensor) -> Tensor:
 def whole_codes(steps: Tensor) -> Tensor:
     """Return whole numbers as int8 within +-127, NaN as 0."""
     return torch.nan_to_num(steps, nan=0.0).clamp_(-127, 127).to(torch.int8)
+
+
+def columns_above_quantile(rows: Tensor, quantile: float) -> Tensor:
+    """Return which columns have a largest magnitude above that of this share of all columns, bool ``[C]``.
+
+    Args:
+        rows: ``[R, C]``.
+        quantile: 0 to 1; of n columns the ``ceil(quantile * n)`` smallest are none. 0 and 1 are no columns at all.
+    """
+    if not 0 < quantile < 1 or not rows.numel():
+        return torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
+    largest = torch.maximum(rows.amax(0), -rows.amin(0)).to(torch.float32)
+    place = max(math.ceil(quantile * largest.numel()), 1)  # torch.quantile ends at 16 million
+    return largest > largest.kthvalue(place).values
 
 
 # Ops, so that compiled graphs keep the rounding to float16, which they drop between float32 values.

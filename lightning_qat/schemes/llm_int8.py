@@ -6,14 +6,18 @@ row is everything of one index of the channel dimension. Source: Dettmers et al.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from lightning_qat.ops.stochastic import round_stochastically
 from lightning_qat.ops.vectorwise import dequantize_vectorwise, fake_quantize_vectorwise, quantize_vectorwise
-from lightning_qat.ops.vectorwise_codes import round_to_half, vectorwise_codes_op, vectorwise_steps, whole_codes
+from lightning_qat.ops.vectorwise_codes import (
+    columns_above_quantile,
+    round_to_half,
+    vectorwise_codes_op,
+    vectorwise_steps,
+    whole_codes,
+)
 from lightning_qat.schemes.base import Scheme, _register
 from lightning_qat.schemes.finite import check_finite
 from lightning_qat.schemes.format import TensorFormat, rows_of, rows_to
@@ -52,7 +56,7 @@ class LLMInt8Scheme(Scheme):
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
         if fmt.dynamic:  # a layer's input, which has no scale from outside
-            return fake_quantize_vectorwise(x, fmt.outlier_threshold)
+            return _fake_quantize_input(x, fmt.outlier_threshold)
         return super().fake_quantize(x, scale, zero_point, fmt)
 
     def quantize_with_outliers(
@@ -81,9 +85,8 @@ class LLMInt8Scheme(Scheme):
         if threshold > 1:
             codes, absmax, columns = quantize_vectorwise(rows, threshold)
         else:
-            columns = _above_quantile(rows, threshold)
-            kept = rows if columns is None else rows.index_fill(1, columns, 0.0)
-            codes, absmax, _ = quantize_vectorwise(kept)
+            columns = columns_above_quantile(rows, threshold).nonzero().reshape(-1)
+            codes, absmax, _ = quantize_vectorwise(rows.index_fill(1, columns, 0.0) if columns.numel() else rows)
         if stochastic:
             kept = rows if columns is None else rows.index_fill(1, columns, 0.0)
             codes = _drawn_codes(kept, absmax, generator)
@@ -106,9 +109,8 @@ def _drawn_codes(rows: Tensor, absmax: Tensor, generator: torch.Generator | None
     return whole_codes(round_stochastically(vectorwise_steps(rows, absmax.reshape(-1)), generator))
 
 
-def _above_quantile(rows: Tensor, quantile: float) -> Tensor | None:
-    if not 0 < quantile < 1 or not rows.numel():
-        return None
-    largest = torch.maximum(rows.amax(0), -rows.amin(0)).float()
-    place = max(math.ceil(quantile * largest.numel()), 1)  # torch.quantile ends at 16 million
-    return (largest > largest.kthvalue(place).values).nonzero().reshape(-1)
+def _fake_quantize_input(x: Tensor, threshold: float) -> Tensor:
+    if threshold > 1 or not x.numel():
+        return fake_quantize_vectorwise(x, threshold)
+    kept = columns_above_quantile(x.detach().reshape(-1, x.shape[-1]), threshold)
+    return torch.where(kept, x, fake_quantize_vectorwise(x.masked_fill(kept, 0.0)))

@@ -228,3 +228,10 @@ def test_a_trained_layer_ships_as_theirs(scheme: str) -> None:
     other = theirs(weight, scheme, 64, False)
     assert torch.equal(layer.weight_packed.view(-1, 1), other["weight"])
     assert torch.equal(layer.scale, other["weight.absmax"])
+
+
+def test_empty_tensors_and_blocks_that_are_not_theirs() -> None:
+    empty = lq.to_bitsandbytes_format(lq.quantize_int8(torch.empty(0, 4), BitsAndBytesConfig(outlier_threshold=0.0)))
+    assert empty["weight"].shape == (0, 4)
+    with pytest.raises(ValueError, match="block_size=48 is not one of bitsandbytes"):
+        lq.to_bitsandbytes_format(lq.quantize(randn(8, 64), lq.QuantizationConfig("nf4", group_size=48)))
