@@ -21,12 +21,14 @@ from lightning_qat.nn import (
     QATConvTranspose2d,
     QATEmbedding,
     QATLinear,
+    QATMultiheadAttention,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConv3d,
     QuantizedConvTranspose2d,
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedMultiheadAttention,
     fold_bn_into_conv,
 )
 from lightning_qat.ops.fake_quantize import fake_quantize
@@ -67,6 +69,7 @@ from lightning_qat.transforms import (
     set_bits,
     update_ranges,
 )
+from lightning_qat.transforms.penalty import qat_loss, quantization_penalty
 
 if TYPE_CHECKING:
     from lightning_qat.callbacks import (
@@ -78,7 +81,10 @@ if TYPE_CHECKING:
         QuantizationAwareTraining,
         QuantizationGap,
         QuantizationMonitor,
+        QuantizationPenalty,
         QuantizedModelCheckpoint,
+        SelfDistillation,
+        WeightOscillation,
     )
     from lightning_qat.formats.bitsandbytes import (
         dequantize_bitsandbytes,
@@ -102,7 +108,10 @@ _LAZY = {
     "QuantizationAwareTraining": "callbacks",
     "QuantizationGap": "callbacks",
     "QuantizationMonitor": "callbacks",
+    "QuantizationPenalty": "callbacks",
     "QuantizedModelCheckpoint": "callbacks",
+    "SelfDistillation": "callbacks",
+    "WeightOscillation": "callbacks",
     "dequantize_bitsandbytes": "formats.bitsandbytes",
     "from_bitsandbytes_format": "formats.bitsandbytes",
     "quantize_4bit": "formats.bitsandbytes",
@@ -146,11 +155,13 @@ __all__ = [
     "QATConvTranspose2d",
     "QATEmbedding",
     "QATLinear",
+    "QATMultiheadAttention",
     "QuantizationAwareTraining",
     "QuantizationConfig",
     "QuantizationEvent",
     "QuantizationGap",
     "QuantizationMonitor",
+    "QuantizationPenalty",
     "QuantizationPlan",
     "QuantizationScheme",
     "QuantizationStats",
@@ -162,9 +173,12 @@ __all__ = [
     "QuantizedFileError",
     "QuantizedLinear",
     "QuantizedModelCheckpoint",
+    "QuantizedMultiheadAttention",
     "QuantizedTensor",
     "Quantizer",
     "Scheme",
+    "SelfDistillation",
+    "WeightOscillation",
     "apply_phase",
     "calibrate",
     "check_parity",
@@ -180,7 +194,9 @@ __all__ = [
     "load_quantized",
     "parity_report",
     "prepare",
+    "qat_loss",
     "quantization_error",
+    "quantization_penalty",
     "quantization_statistics",
     "quantize",
     "quantize_4bit",

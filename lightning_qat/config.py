@@ -115,8 +115,7 @@ class QuantizationConfig:
     """How one tensor is quantized.
 
     Args:
-        scheme: a :class:`QuantizationScheme` or the name of a registered custom scheme. ``"dynamic"``
-            finds ranges at run time.
+        scheme: a :class:`QuantizationScheme` or the name of a custom one. ``"dynamic"`` finds ranges at run time.
         bits: 2 to 16 for integers; None means the scheme's own.
         symmetric: codes around zero; asymmetric ones are ``0 .. 2**bits - 1`` with an integer zero point.
         per_channel: one scale for each output channel instead of one for the tensor.
@@ -125,12 +124,11 @@ class QuantizationConfig:
             ``bnb`` says).
         calibration_samples: how many samples calibration looks at; None means all it is given.
         bnb: block size, rule, nesting, rounding and outliers of the bitsandbytes formats; the format is ``scheme``.
-        observer: how the range is found: ``"min_max"``, ``"moving_average"``, ``"percentile"``,
-            ``"histogram"`` or ``"mse"``; None means ``"min_max"`` for a weight and
-            ``"moving_average"`` for an activation.
+        observer: how the range is found: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"histogram"`` or
+            ``"mse"``; None means ``"min_max"`` for a weight and ``"moving_average"`` for an activation.
         observer_momentum: the moving average is ``m * old + (1 - m) * new``.
-        dynamic_range: what a range found at run time covers: ``"token"`` (of a convolution's input, a sample) or
-            ``"tensor"``, the whole input of a call; for the scheme ``"dynamic"``.
+        dynamic_range: what a range found at run time covers: ``"token"`` (of a convolution, a sample) or ``"tensor"``.
+        learnable: learn scale and zero point by gradient (LSQ, LSQ+), beginning at those of least squared error.
     """
 
     scheme: str = "int8"
@@ -144,13 +142,14 @@ class QuantizationConfig:
     observer: str | None = None
     observer_momentum: float = 0.99
     dynamic_range: str = "token"
+    learnable: bool = False
 
     def __post_init__(self) -> None:
         name, bits = check_scheme_bits(self.scheme, self.bits)
         object.__setattr__(self, "scheme", QuantizationScheme._value2member_map_.get(name, name))
         object.__setattr__(self, "bits", bits)
-        check_bool("symmetric", self.symmetric)
-        check_bool("per_channel", self.per_channel)
+        for name in ("symmetric", "per_channel", "learnable"):
+            check_bool(name, getattr(self, name))
         for name in ("group_size", "calibration_samples"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
@@ -166,6 +165,8 @@ class QuantizationConfig:
                 f"dynamic_range='tensor' is not allowed with scheme={str(self.scheme)!r}, whose ranges are not found "
                 "at run time; use scheme='dynamic'"
             )
+        if self.learnable and self.dynamic:
+            raise ValueError("learnable=True is not allowed with scheme='dynamic', which finds its scales at run time")
 
     def _check_fixed_grid(self) -> None:
         shared, name = _FIXED_GRIDS[self.scheme], str(self.scheme)
@@ -174,6 +175,7 @@ class QuantizationConfig:
             "per_channel=True": self.per_channel and shared == "blocks",
             f"group_size={self.group_size}": self.group_size is not None and shared == "rows",
             f"observer={self.observer!r}": self.observer not in (None, "min_max"),
+            "learnable=True": self.learnable,
         }
         if any(wrong.values()):
             what = next(text for text, given in wrong.items() if given)
@@ -196,7 +198,7 @@ class QATConfig:
         per_channel: one weight scale for each output channel.
         start_step: from here on the forward is fake-quantized; before, ranges are only observed.
         freeze_step: from here on scales and BatchNorm statistics stand still; None means never.
-        learnable_step_size: learn the scales by gradient (LSQ).
+        learnable_step_size: learn the scales by gradient (LSQ, LSQ+); ranges found at run time have none to learn.
         observer_momentum: of the activations' moving average, ``m * old + (1 - m) * new``.
         activation_bits: bits of the activations; None means weight-only.
         activation_symmetric: symmetric activations.
@@ -265,6 +267,7 @@ class QATConfig:
             group_size=self.group_size,
             observer=self.weight_observer,
             bnb=self.bnb,
+            learnable=self.learnable_step_size,
         )
 
     def activation_config(self) -> QuantizationConfig | None:
@@ -280,6 +283,7 @@ class QATConfig:
             observer=None if self.activation_dynamic else self.activation_observer,
             observer_momentum=self.observer_momentum,
             dynamic_range="tensor" if self.activation_dynamic == "tensor" else "token",
+            learnable=self.learnable_step_size and not self.activation_dynamic,
         )
 
 
@@ -388,6 +392,7 @@ def resolve_plan(plan: PlanLike) -> QuantizationPlan:
             activation_bits=None,
             weight_observer=plan.observer or "min_max",
             bnb=plan.bnb,
+            learnable_step_size=plan.learnable,
         )
         return QuantizationPlan(base=base)
     raise ValueError(

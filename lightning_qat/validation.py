@@ -86,7 +86,13 @@ SCHEME_BITS: dict[str, tuple[int, int, int]] = {
 def load_entry_point(scheme: str) -> None:
     """Import what another installed package registers as ``scheme``; nothing where none does."""
     for entry in entry_points(group=ENTRY_POINT_GROUP, name=scheme):
-        entry.load()
+        try:
+            entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"scheme {scheme!r} is the entry point {entry.value!r} of another package, which cannot be imported: "
+                f"{error}"
+            ) from error
 
 
 def check_scheme_bits(scheme: Any, bits: int | None) -> tuple[str, int]:

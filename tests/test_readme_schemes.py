@@ -144,11 +144,6 @@ def test_what_is_not_built_raises(scheme: str) -> None:
         lq.prepare(nn.Sequential(nn.Linear(64, 64)), lq.QATConfig(scheme, activation_bits=None))
 
 
-def test_learned_scales_raise() -> None:
-    with pytest.raises((ValueError, NotImplementedError), match="learn"):
-        lq.prepare(nn.Sequential(nn.Linear(64, 64)), lq.QATConfig("int8", learnable_step_size=True))
-
-
 def test_a_table_is_read() -> None:
     text = f"x\n\n{HEAD} a | b | c | d | e | f |\n|---|---|---|---|---|---|---|\n"
     text += '| `"nf4"` | x | y | 4.50 | 20.7 | float | `t` |\n'

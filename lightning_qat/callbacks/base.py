@@ -338,7 +338,7 @@ class QuantizationCallback(pl.Callback):
         width = max(len(when) for when, _ in rows)
         lines = ["Quantization schedule", *(f"  {when:<{width}}  {what}" for when, what in rows)]
         if schedule.fold_norm:
-            lines.append("  on conversion BatchNorm that directly follows a layer with integer weights is folded into it")
+            lines.append("  on conversion BatchNorm that directly follows a layer (of integers) is folded into it")
         if leader is not None and not leader._loaders_resume:
             lines.append(
                 "  the training loader has no state_dict: a run interrupted in mid-epoch starts that epoch's data "

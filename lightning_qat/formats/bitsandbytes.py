@@ -10,6 +10,7 @@ like the 4-bit formats, as ``weight.quant_state.bitsandbytes__dynamic``.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -117,7 +118,8 @@ def to_bitsandbytes_format(
         _check_same(held, bnb_config)
     else:
         bnb = BitsAndBytesConfig(bits=4, block_size=64) if bnb_config is None else bnb_config
-        held = quantize(tensor_or_quantized, config_of(bnb))
+        # bitsandbytes looks for outliers in inputs; its weights have none.
+        held = quantize(tensor_or_quantized, config_of(replace(bnb, outlier_threshold=0.0)))
     if held.format.scheme == "llm_int8":
         return _write_int8(held)
     if held.format.scheme not in _NAMES:

@@ -1,5 +1,6 @@
 """QAT layers (float weight and fake quantizers) and quantized layers (packed weight)."""
 
+from lightning_qat.nn.attention import QATMultiheadAttention, QuantizedMultiheadAttention
 from lightning_qat.nn.conv import (
     QATConv1d,
     QATConv2d,
@@ -26,6 +27,7 @@ __all__ = [
     "QATEmbedding",
     "QATLayer",
     "QATLinear",
+    "QATMultiheadAttention",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",
@@ -33,6 +35,7 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLayer",
     "QuantizedLinear",
+    "QuantizedMultiheadAttention",
     "codes_pass",
     "fold_bn_into_conv",
     "keep_codes_inside",

@@ -41,7 +41,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         rows, features = self.weight_shape
         fmt, packed = self.weight_format, self.weight_packed
-        if packed.numel() % rows:
+        if not rows or (features * fmt.bits % 8 and packed.numel() != rows * features):
             return F.embedding(input, self.weight)  # rows that do not end on a byte
         index = input.reshape(-1)
         scheme = get_scheme(fmt.scheme)

@@ -108,7 +108,7 @@ def reference_reason(layer: QuantizedLayer) -> str | None:
         return f"computes in {str(layer.weight_dtype).removeprefix('torch.')}"
     if layer.weight_shape.numel() == 0:
         return "no weights"
-    if _is_llm_int8(weight) and isinstance(layer, nn.Linear) and grid is not None and _is_llm_int8(grid):
+    if _is_llm_int8(weight) and isinstance(layer, nn.Linear) and (grid is None or _is_llm_int8(grid)):
         return None if layer.weight_shape[1] <= MAX_TERMS else f"sums of more than {MAX_TERMS} products"
     return _weight_reason(weight, layer) or (None if grid is None else _input_reason(grid))
 

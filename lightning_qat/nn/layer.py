@@ -33,6 +33,7 @@ class _Adopting(nn.Module):
     channel_axis: ClassVar[int] = 0
     spatial_dims: ClassVar[int | None] = None
     quantizes_input: ClassVar[bool] = True
+    input_quantizer_class: ClassVar[type[ActivationQuantizer]] = ActivationQuantizer
     #: The library's class and the user's, for a class made at run time.
     made_from: ClassVar[tuple[type, type] | None] = None
 
@@ -68,6 +69,16 @@ class QATLayer(_Adopting):
         quantized_weight = fake_quantize_again(self.weight_quantizer, self.weight)
         with made_again_in_backward(quantized_x, quantized_weight):
             return function(quantized_x[0], quantized_weight[0])
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the weight is, is computed from, or is a part of."""
+        own = self._parameters.get("weight")
+        if own is not None:
+            return [own]
+        quantizers = {
+            id(p) for m in (self.weight_quantizer, self.input_quantizer) if m is not None for p in m.parameters()
+        }
+        return [p for p in self.parameters() if id(p) not in quantizers and p is not self._parameters.get("bias")]
 
     def weight_codes(self) -> Tensor:
         """Return the integer codes of the weight as it is now, in its shape."""
@@ -286,7 +297,7 @@ def make_qat(layer: nn.Module, weight: QuantizationConfig, activation: Quantizat
         )
     input_quantizer = None
     if activation is not None and facts.quantizes_input:
-        input_quantizer = ActivationQuantizer(activation, name, facts.spatial_dims).to(tensor.device)
+        input_quantizer = facts.input_quantizer_class(activation, name, facts.spatial_dims).to(tensor.device)
     layer.__class__ = qat_class
     layer.register_module("weight_quantizer", weight_quantizer)
     layer.register_module("input_quantizer", input_quantizer)

@@ -27,7 +27,8 @@ from lightning_qat.ops.integer_linear import (
     pack_linear,
 )
 from lightning_qat.ops.outlier_linear import outlier_linear, pack_with_outliers
-from lightning_qat.schemes import get_scheme
+from lightning_qat.ops.vectorwise import PER_CODE
+from lightning_qat.schemes import Scheme, get_scheme
 
 
 class QATLinear(QATLayer, nn.Linear):
@@ -61,10 +62,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         if kernel is not None:
             return kernel(input, self.bias)
         input, fmt = self.quantized_input(input), self.weight_format
-        if fmt.block_size is None or input.dtype != self.weight_dtype:
+        scheme = get_scheme(fmt.scheme)
+        if type(scheme).linear is Scheme.linear or input.dtype != self.weight_dtype:
             return F.linear(input, self.weight, self.bias)
         held = (self.weight_packed, self.scale, self.weight_zero_point, self.weight_shape, fmt)
-        return get_scheme(fmt.scheme).linear(input, *held, self.bias)
+        return scheme.linear(input, *held, self.bias)
 
     def _on_gpu(self) -> IntegerKernel | None:
         return self.kernel_cache.get(self, ("triton",), lambda: triton_kernel(self))
@@ -128,7 +130,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             packed = pack_int4(self.codes, self.weight_scale, self.weight_zero_point, size)
             return lambda x, bias: int4_linear(x, packed, bias)
         if fmt is None:
-            digits = pack_digits(weight_values(self), self.weight_scale, self.weight_format.group_size)
+            whole = self.weight_format.scheme == "llm_int8"
+            values, steps = (self.codes, self.scale * PER_CODE) if whole else (weight_values(self), self.weight_scale)
+            digits = pack_digits(values, steps, self.weight_format.group_size)
             return lambda x, bias: digit_linear(x, digits, bias)
         if fmt.scheme == "llm_int8":
             parts = pack_with_outliers(self.codes, self.scale)

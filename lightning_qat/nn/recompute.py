@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from lightning_qat.quantizers.debug import tell
 from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
 from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
 from lightning_qat.schemes import TensorFormat
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 
 class _Again:
@@ -35,6 +38,8 @@ class _Again:
         self.name = quantizer.name
         #: The whole, where somebody else keeps it until the backward pass.
         self.kept: Tensor | None = None
+        #: Where the backward pass of a learned scale looks for the whole; None where there is none.
+        self.made: list[Tensor] | None = None
 
     def make(self, saved: tuple[Any, ...]) -> Tensor:
         if self.source._version != self.version:
@@ -46,6 +51,8 @@ class _Again:
             return self.kept.as_strided(*saved)
         with torch.no_grad(), passing_results():
             whole = self.scheme.fake_quantize_through(self.source, *self.parameters)
+        if self.made is not None:
+            self.made[:] = [whole]
         return whole.as_strided(*saved)
 
 
@@ -55,10 +62,18 @@ def has_memory_of_its_own(x: Tensor) -> bool:
     return plain and torch._C._functorch.maybe_current_level() is None
 
 
+def _may_keep(quantizer: FakeQuantizer | None) -> TypeGuard[WeightQuantizer]:
+    """Whether the value of a weight may be one that was kept: that has no gradient for a scale."""
+    return isinstance(quantizer, WeightQuantizer) and quantizer.kept is not None and not quantizer.learns_now
+
+
 def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tuple[Tensor, _Again | None]:
     """Return the fake-quantized ``source`` and how to make it again; itself and None where it stays in float."""
-    if isinstance(quantizer, WeightQuantizer) and quantizer.kept is not None and not torch.compiler.is_compiling():
-        found = quantizer.kept.get(quantizer, source) if has_memory_of_its_own(source) else None
+    if quantizer is not None and quantizer.learned is not None:
+        source = quantizer.joined(source)
+    if _may_keep(quantizer) and not torch.compiler.is_compiling():
+        kept: Any = quantizer.kept
+        found = kept.get(quantizer, source) if has_memory_of_its_own(source) else None
         if found is not None:
             again = _Again(source, found[2], quantizer)
             again.kept = found[1]
@@ -69,15 +84,20 @@ def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tupl
     if quantizer is None or parameters is None:
         return source, None
     if torch.compiler.is_compiling():
-        return quantizer.scheme.fake_quantize(source, *parameters), None
+        return quantizer.fake_quantize(source, parameters), None
     if not has_memory_of_its_own(source) or torch.jit.is_tracing():
-        return quantizer.scheme.fake_quantize(source, *parameters), None
+        return quantizer.fake_quantize(source, parameters), None
     covered = isinstance(quantizer, WeightQuantizer) and quantizer.covers_weight
+    made: list[Tensor] = []
     with passing_results():
-        quantized = quantizer.scheme.fake_quantize_through(source, *parameters, covered=covered)
+        quantized = quantizer.fake_quantize_through(source, parameters, made, covered=covered)
     if quantizer.debug_callback is not None:
         tell(quantizer, source, quantized, parameters)
-    return quantized, _Again(source, parameters, quantizer) if torch.is_grad_enabled() else None
+    if not torch.is_grad_enabled():
+        return quantized, None
+    again = _Again(source, parameters, quantizer)
+    again.made = made if quantizer.learns_now else None
+    return quantized, again
 
 
 def made_again_in_backward(*made: tuple[Tensor, _Again | None]) -> AbstractContextManager[Any]:

@@ -6,14 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.config import PlanLike, QATConfig, QuantizationConfig, QuantizationPlan, resolve_plan
+from lightning_qat.config import PlanLike, QuantizationConfig, QuantizationPlan, resolve_plan
 from lightning_qat.nn.layer import QATLayer, make_qat, shallow_copy_into
-
-
-def check_available(base: QATConfig | str | None) -> None:
-    """Raise ``ValueError`` for a setting that is named but not built yet."""
-    if isinstance(base, QATConfig) and base.learnable_step_size:
-        raise ValueError("learnable_step_size=True is not available in this version; use learnable_step_size=False")
 
 
 def single_layer_configs(config: PlanLike) -> tuple[QuantizationConfig, QuantizationConfig | None]:
@@ -23,7 +17,6 @@ def single_layer_configs(config: PlanLike) -> tuple[QuantizationConfig, Quantiza
             "a QuantizationPlan describes a model; give a layer a QATConfig, a QuantizationConfig or a preset's name"
         )
     base: Any = resolve_plan(config).base
-    check_available(base)
     return base.weight_config(), base.activation_config()
 
 

@@ -48,10 +48,23 @@ def nest(absmax: Tensor, rule: str = "cpu") -> NestedScale:
     check_codebook(_CODEBOOK, rule)
     if absmax.dtype != torch.float32:
         raise ValueError(f"absmax has dtype {absmax.dtype}; use torch.float32")
+    return NestedScale(*nest_op(absmax, rule))
+
+
+# An op, so that compiled graphs add the mean up in the same order: another one gives other codes.
+@torch.library.custom_op("lightning_qat::nest", mutates_args=())
+def nest_op(absmax: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The unchecked op behind :func:`nest`."""
     flat = absmax.reshape(-1)
     offset = flat.mean() if flat.numel() else flat.new_zeros(())
     codes, scale = codebook_quantize_op(flat - offset, None, _CODEBOOK, NESTED_BLOCK_SIZE, rule)
-    return NestedScale(codes.view(absmax.shape), scale, offset)
+    return codes.view(absmax.shape), scale, offset
+
+
+@nest_op.register_fake
+def _(absmax: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = (absmax.numel() + NESTED_BLOCK_SIZE - 1) // NESTED_BLOCK_SIZE
+    return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(blocks), absmax.new_empty(())
 
 
 def unnest(nested: NestedScale) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.affine_cpu import dequantize_pieces, takes_pieces
 from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.layout import match_layout
 from lightning_qat.ops.workspace import advise_huge_pages
@@ -107,7 +108,12 @@ def _factors(absmax: Tensor) -> Tensor:
 
 
 def _values(codes: Tensor, absmax: Tensor) -> Tensor:
-    return codes * absmax.view(-1, 1) * PER_CODE
+    if not codes.numel() or not takes_pieces(codes, absmax):
+        return codes * absmax.view(-1, 1) * PER_CODE
+    values = dequantize_pieces(codes, absmax, None, codes.shape[1], torch.float32)
+    for piece in values.view(-1).split(CHUNK):
+        piece.mul_(PER_CODE)
+    return values
 
 
 def reference_quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

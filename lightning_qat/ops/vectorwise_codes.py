@@ -7,6 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.chunks import CHUNK, chunks
+
+#: Added to float32 of up to 2**22 it rounds half to even, as ``torch.round`` does, into the lowest bits.
+_ROUNDING = 1.5 * 2.0**23
+
 
 def vectorwise_steps(x: Tensor, absmax: Tensor) -> Tensor:
     """Return ``half(x)`` in units of a code, float32 like ``x``; a row of zeros has none and becomes NaN.
@@ -42,6 +47,23 @@ def columns_above_quantile(rows: Tensor, quantile: float) -> Tensor:
 def vectorwise_codes_op(x: Tensor, absmax: Tensor) -> Tensor:
     """Return the int8 codes of a matrix whose rows have the scales ``absmax``; unchecked."""
     return whole_codes(torch.round(vectorwise_steps(x, absmax)))
+
+
+@vectorwise_codes_op.register_kernel("cpu")
+def vectorwise_codes_cpu(x: Tensor, absmax: Tensor) -> Tensor:
+    """The definition in small pieces."""
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    if not x.numel():
+        return codes
+    flat, result, factors = x.reshape(-1), codes.view(-1), (127.0 / absmax).unsqueeze(1)
+    scratch, halves = torch.empty(min(x.numel(), CHUNK)), torch.empty(min(x.numel(), CHUNK), dtype=torch.float16)
+    for part, rows in chunks(x.numel(), x.shape[1]):
+        size = part.stop - part.start
+        values = scratch[:size].copy_(halves[:size].copy_(flat[part])).view(rows.stop - rows.start, -1)
+        # What is beyond the codes, or no number, is whole afterwards: the rounding below takes up to 2**22.
+        values.mul_(factors[rows]).nan_to_num_(nan=0.0).clamp_(-127, 127).add_(_ROUNDING)
+        result[part].view(values.shape).copy_(values.view(torch.int32))
+    return codes
 
 
 @torch.library.custom_op("lightning_qat::round_to_half", mutates_args=())

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ def measure_sensitivity(
     if not candidates:
         raise ValueError("bits is empty; give the numbers of bits to choose from, such as (2, 3, 4, 6, 8)")
     original = getattr(model, "_orig_mod", model)
-    tensors = chain(original.parameters(), original.buffers())
-    replica = prepare(copy_model(original, {id(t): t for t in tensors}), plan).eval()
+    # Weights are shared; buffers, which a forward may write, are not.
+    replica = prepare(copy_model(original, {id(t): t for t in original.parameters()}), plan).eval()
     layers, run, kept = dict(qat_layers(replica)), forward or _call, list(batches)
     calibrate(replica, kept, forward)
     for module in replica.modules():
@@ -88,7 +88,7 @@ def measure_sensitivity(
         power += sum(float(t.double().square().sum()) for t in expected)
         for name, layer in layers.items():
             for value in candidates:
-                noise[name][value] += _noise(layer, value, expected, lambda batch=batch: run(replica, batch))
+                noise[name][value] += _noise(layer, value, expected, partial(run, replica, batch))
     return [
         LayerSensitivity(
             name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any, TypeVar
 
 from torch import nn
@@ -56,8 +55,8 @@ def quantize_model(
         raise ValueError(f"{type(original).__name__} is prepared; call calibrate(model, batches) and convert(model)")
     if verify and calibration is None:
         raise ValueError("verify=True needs calibration batches to compare on; give calibration=[...]")
-    tensors = chain(original.parameters(), original.buffers())
-    replica = copy_model(original, {id(tensor): tensor for tensor in tensors}).eval()
+    # Weights are shared; buffers, which a forward may write, are not.
+    replica = copy_model(original, {id(tensor): tensor for tensor in original.parameters()}).eval()
     prepare(replica, config)
     if calibration is not None:
         batches = list(calibration) if verify else calibration

@@ -6,6 +6,7 @@ tensor flag read in ``forward`` would break ``torch.compile(fullgraph=True)`` an
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,11 @@ from lightning_qat.config import QuantizationConfig
 from lightning_qat.quantizers.batch_range import BatchRange
 from lightning_qat.quantizers.debug import callback_of_environment, tell
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
+from lightning_qat.quantizers.learned_scale import LearnedScale, gradient_factor
 from lightning_qat.quantizers.observers import make_observer
 from lightning_qat.quantizers.state import QuantizationState, check_same_format
 from lightning_qat.schemes import Scheme, TensorFormat, get_scheme, input_format
+from lightning_qat.schemes.integer import IntegerScheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,10 +40,9 @@ class FakeQuantizer(QuantizationState):
         observing: learn the range from training batches.
         quantizing: fake-quantize; otherwise the value passes through in float.
         frozen: the scale stands still.
+        learned: the parameters of the scale where it is learned by gradient, or None.
     """
 
-    scale: Tensor
-    zero_point: Tensor
     #: What is fake-quantized, for messages.
     quantizes: str = "input"
 
@@ -55,8 +57,34 @@ class FakeQuantizer(QuantizationState):
         self.debug_callback = callback_of_environment()
         self.debug_calls = 0
         self._format = fmt
-        self.register_buffer("scale", torch.ones(scale_shape, dtype=torch.float32))
-        self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32))
+        self.learned: LearnedScale | None = None
+        if config.learnable:
+            if not self.scheme.learns_scales:
+                raise ValueError(
+                    f"learnable=True is not allowed with scheme={str(fmt.scheme)!r}, whose grid is given "
+                    f"({self.quantizes} of layer {name!r}); use int8 or int4, or learnable=False"
+                )
+            whose = f"{self.quantizes} of layer {name!r}"
+            self.learned = LearnedScale(scale_shape, symmetric=fmt.symmetric, name=whose)
+            return
+        # Not by ``register_buffer``, which takes no name that the class has.
+        self._buffers["scale"] = torch.ones(scale_shape, dtype=torch.float32)
+        self._buffers["zero_point"] = torch.zeros(scale_shape, dtype=torch.int32)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale as it is now: a buffer, or what the learned parameters stand for."""
+        return self._buffers["scale"] if self.learned is None else self.learned.scale()  # type: ignore[return-value]
+
+    @property
+    def zero_point(self) -> Tensor:
+        """The zero point as it is now, int32."""
+        if self.learned is not None:
+            return self.learned.zero_point(self.bits)
+        return self._buffers["zero_point"]  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "debug_callback": None}  # it belongs to who looks, not to copies and files
 
     @property
     def scheme(self) -> Scheme:
@@ -94,7 +122,7 @@ class FakeQuantizer(QuantizationState):
 
     def _unchanging(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         """Return both as they are now: a backward pass may come after the buffers are written again."""
-        if scale is self.scale and torch.is_grad_enabled():
+        if self.learned is None and scale is self.scale and torch.is_grad_enabled():
             return scale.clone(), zero_point.clone()
         return scale, zero_point
 
@@ -105,14 +133,50 @@ class FakeQuantizer(QuantizationState):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` fake-quantized, or as it is."""
         parameters = self.parameters_now(x)
+        x = self.joined(x)
         if parameters is None:
             return x
-        result = self.scheme.fake_quantize(x, *parameters)
+        result = self.fake_quantize(x, parameters)
         if self.debug_callback is not None:
             tell(self, x, result, parameters)
         return result
 
+    @property
+    def learns_now(self) -> bool:
+        """Whether a call now has a gradient for the scale."""
+        return self.learned is not None and self.quantizing and not self.frozen and torch.is_grad_enabled()
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Return ``x``, with the parameters in its graph where ranks wait for them and nothing else uses them."""
+        return x if self.learned is None or self.learns_now else self.learned.joined(x)
+
+    def _gradient_factor(self, x: Tensor) -> float:
+        return gradient_factor(x, math.prod(self.learned.shape) if self.learned else 1, self._format, samples=False)
+
+    def fake_quantize(self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat]) -> Tensor:
+        """Return ``x`` fake-quantized with what :meth:`parameters_now` returned, by ops that trace."""
+        if self.learned is None or not self.learns_now:
+            return self.scheme.fake_quantize(x, *parameters)
+        scale, zero_point = self.learned.with_gradient(self._gradient_factor(x), self.bits)
+        return self.scheme.fake_quantize(x, scale, zero_point, self._format)
+
+    def fake_quantize_through(
+        self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat], made: list[Tensor], *, covered: bool = False
+    ) -> Tensor:
+        """Return what :meth:`fake_quantize` does, for an ordinary tensor in eager mode.
+
+        Where :attr:`learns_now`, the backward pass takes the values out of ``made`` if it finds them there.
+        """
+        if self.learned is None or not self.learns_now:
+            return self.scheme.fake_quantize_through(x, *parameters, covered=covered)
+        if type(self.scheme).fake_quantize is not IntegerScheme.fake_quantize:
+            return self.fake_quantize(x, parameters)  # a custom scheme computes otherwise
+        return self.learned.applied(x, *parameters, self._gradient_factor(x), made)
+
     def _store(self, scale: Tensor, zero_point: Tensor) -> None:
+        if self.learned is not None:
+            self.learned.store(scale, zero_point, self.bits)
+            return
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
@@ -156,9 +220,9 @@ class ActivationQuantizer(FakeQuantizer):
         self._samples = 0
         self.observer = None
         if not fmt.dynamic:
-            self.observer = make_observer(
-                config.observer or "moving_average", momentum=config.observer_momentum, layer_name=name
-            )
+            # A learned scale begins where the squared error is least, and follows gradients from then on.
+            kind = "mse" if config.learnable else config.observer or "moving_average"
+            self.observer = make_observer(kind, momentum=config.observer_momentum, layer_name=name)
 
     def get_extra_state(self) -> dict[str, Any]:
         # A checkpoint may be written in the middle of a batch.
@@ -177,18 +241,38 @@ class ActivationQuantizer(FakeQuantizer):
 
     def set_bits(self, bits: int) -> None:
         """Change the bits and derive the scale from the observed range again."""
-        if bits != self.bits:
+        if bits == self.bits:
+            return
+        learned, observer = self.learned, self.observer
+        if learned is not None and observer is not None and self.calibrated:
+            # What was learned stays: the scale moves as that of least error does from the old bits to the new.
+            before, _ = observer.get_quantization_params(self._format.symmetric, self.bits)
+            after, _ = observer.get_quantization_params(self._format.symmetric, bits)
+            scale, zero_point = learned.scale() * (after / before), learned.zero_point(self.bits)
+            learned.store(scale, zero_point, self.bits)
             self._set_bits(bits)
-            if self.observer is not None and self.calibrated:
-                self.refresh()
+            return
+        self._set_bits(bits)
+        if observer is not None and self.calibrated:
+            self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> tuple[Tensor, Tensor]:
         """Set scale and zero point from the observed range; return them as fresh tensors."""
         observer: Any = self.observer  # only called where there is one
-        scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
+        if self.scheme.searches_ranges:
+            scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
+        else:
+            scale, zero_point = self.scheme.parameters_of_range(observer.min_val, observer.max_val, self._format)
         self._store(scale, zero_point)
-        return scale, zero_point
+        return (scale, zero_point) if self.learned is None else (self.scale, self.zero_point)
+
+    def _gradient_factor(self, x: Tensor) -> float:
+        return gradient_factor(x, 1, self._format, samples=True)
+
+    @property
+    def learns_now(self) -> bool:
+        return super().learns_now and self.calibrated and not self.calibrating
 
     def reset(self) -> None:
         """Forget what was observed."""
@@ -227,7 +311,7 @@ class ActivationQuantizer(FakeQuantizer):
         return self.deferred and (self.calibrating or self._learns)
 
     def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
-        scale, zero_point, fmt = self.scale, self.zero_point, self._format
+        fmt, fresh = self._format, None
         if self._observes_now():
             seen, observer = self._within_samples(x), self.observer
             if self.deferred and seen.numel():
@@ -238,7 +322,7 @@ class ActivationQuantizer(FakeQuantizer):
                 # (a layer used twice), which autograd would refuse.
                 self.calibrated = True
                 if not self.calibrating:
-                    scale, zero_point = self.refresh()
+                    fresh = self.refresh()
         if not self.quantizing or self.calibrating:
             return None
         if not self.calibrated and self.deferred and self.training:
@@ -248,6 +332,7 @@ class ActivationQuantizer(FakeQuantizer):
                 f"the input of layer {self.name!r} was never observed, so it has no range to quantize with; "
                 "run calibrate(model, batches) or train before evaluating"
             )
+        scale, zero_point = (self.scale, self.zero_point) if fresh is None else fresh
         if fmt.dynamic and x.numel():
             scale, zero_point, fmt = dynamic_parameters(x, fmt, self.spatial_dims)
         return *self._unchanging(scale, zero_point), fmt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -53,7 +54,8 @@ class Quantizer:
         """Learn the range from samples, as the config's observer does (that of their extremes if it names none).
 
         Args:
-            samples: tensors, each a sample; or one tensor, each index of dimension 0 a sample. At most
+            samples: tensors, each a sample. One tensor alone holds a sample at each index of dimension 0, but for
+                scales that belong to channels, groups or blocks, where it is one sample. At most
                 ``config.calibration_samples`` are looked at, calls before this one counted.
 
         Returns:
@@ -66,28 +68,25 @@ class Quantizer:
         """
         if self.config.dynamic:
             raise ValueError("scheme='dynamic' finds its ranges at run time; leave calibrate out, or use scheme='int8'")
-        most, seen = self.config.calibration_samples, 0
-        # One tensor's samples share one shape: they are looked at together where one range is enough.
-        if isinstance(samples, Tensor) and samples.dim() > 0:
-            left = samples.shape[0] if most is None else max(most - self._samples, 0)
-            batch = samples[:left]
-            seen, self._samples = batch.shape[0], self._samples + batch.shape[0]
-            for sample in [batch] if self._is_per_tensor else batch:
+        left = None if self.config.calibration_samples is None else self.config.calibration_samples - self._samples
+        if isinstance(samples, Tensor) and samples.dim() and self._is_per_tensor:
+            whole = (self.config.observer or "min_max") == "min_max"  # in any order, so all at once
+            samples = samples[:left] if left is not None else samples
+            self._samples += samples.shape[0]
+            for sample in [samples] if whole else samples:
                 self._observe(sample)
         else:
-            for sample in [samples] if isinstance(samples, Tensor) else samples:
-                if most is not None and self._samples >= most:
-                    break
+            for sample in itertools.islice([samples] if isinstance(samples, Tensor) else samples, left):
                 self._observe(sample)
-                seen, self._samples = seen + 1, self._samples + 1
-        if not seen and not self._samples:
-            raise ValueError("samples is empty, so there is no range to learn; give at least one sample")
+                self._samples += 1
+        if self._observer is None:
+            raise ValueError("samples holds no value, so there is no range to learn; give at least one sample")
         return self
 
     @property
     def _is_per_tensor(self) -> bool:
-        fmt = weight_format(self.config, torch.Size((1,)))
-        return fmt.axis is None and fmt.group_size is None and fmt.block_size is None
+        grouped = self.config.per_channel or self.config.group_size is not None or self.scheme.block_size is not None
+        return not grouped and self.config.scheme != QuantizationScheme.LLM_INT8
 
     def _observe(self, sample: Tensor) -> None:
         _check_floating(sample, "a sample")
@@ -126,6 +125,8 @@ class Quantizer:
         tensor = tensor.detach()
         bnb, scheme = self.config.bnb, self.scheme
         stochastic = bnb is not None and bnb.stochastic
+        if generator is not None and not stochastic:
+            raise ValueError("generator is given and nothing is random; use bnb=BitsAndBytesConfig(stochastic=True)")
         if self.config.scheme == QuantizationScheme.LLM_INT8 and self._observer is None:
             fmt = weight_format(self.config, tensor.shape)
             threshold = 0.0 if bnb is None else float(bnb.outlier_threshold)
@@ -134,6 +135,8 @@ class Quantizer:
         if not by_blocks:
             check_finite(tensor)
         scale, zero_point, fmt = self._parameters(tensor)
+        if not by_blocks and not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"tensor, or the samples, hold magnitudes beyond {fmt.scheme}; scale it, or use 'int8'")
         # Largest magnitudes show what is not finite without a pass of its own; infinity is cut to the largest float32.
         if by_blocks and not bool((scale < torch.finfo(torch.float32).max).all()):
             check_finite(tensor)
@@ -173,7 +176,7 @@ class Quantizer:
             scale, zero = observer.get_quantization_params(fmt.symmetric, fmt.bits)
             return scale.reshape(shape), zero.reshape(shape), fmt
         low, high = (bound.to(tensor.device).reshape(shape) for bound in (observer.min_val, observer.max_val))
-        return *self.scheme.parameters(low, high, fmt), fmt
+        return *self.scheme.parameters_of_range(low, high, fmt), fmt
 
     def _dynamic_parameters(self, tensor: Tensor) -> tuple[Tensor, Tensor | None, TensorFormat]:
         fmt = input_format(self.config)

@@ -11,6 +11,7 @@ from lightning_qat.config import QuantizationConfig
 from lightning_qat.quantizers.debug import tell
 from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
 from lightning_qat.quantizers.kept_weight import KeptWeight
+from lightning_qat.quantizers.learned_scale import least_error_parameters
 from lightning_qat.quantizers.observers import make_observer
 from lightning_qat.quantizers.sharded import check_whole, whole_weight
 from lightning_qat.schemes import TensorFormat, rows_of, rows_of_scale, scale_shape, weight_format
@@ -22,6 +23,10 @@ class WeightQuantizer(FakeQuantizer):
     A scale that is a pure function of the weight needs no history: evaluation and conversion see the
     scale of the weight as it is, and a resumed run cannot differ. Freezing writes the scale of that
     moment into the buffers; from then on they are the scale.
+
+    A learned scale is a parameter. It begins where the squared error of the weight is least, at the moment that it
+    first quantizes (not when it is prepared: weights may be loaded or trained in between), and freezing ends
+    its gradient.
 
     Args:
         config: how to quantize.
@@ -61,6 +66,8 @@ class WeightQuantizer(FakeQuantizer):
     @torch.no_grad()
     def _derive(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         check_whole(weight, self.name)
+        if self.learned is not None:
+            return least_error_parameters(weight, self.scheme, self._format)
         if (self.config.observer or "min_max") == "min_max":
             return self.scheme.parameters_of(weight, self._format)
         # Rows gathered from an embedding are fewer than the table's.
@@ -73,11 +80,24 @@ class WeightQuantizer(FakeQuantizer):
     @property
     def covers_weight(self) -> bool:
         """Whether the range holds every element of the weight, as that of its extremes does until frozen."""
-        return not self.frozen and (self.config.observer or "min_max") == "min_max"
+        return self.learned is None and not self.frozen and (self.config.observer or "min_max") == "min_max"
 
     def parameters_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(scale, zero_point)`` that ``weight`` is quantized with now."""
+        if self.learned is not None:
+            if not self.learned.ready and not self.quantizing:
+                return self._derive(weight)  # what it would begin with
+            self.begin_learning(weight)
+            return self.scale, self.zero_point
         return (self.scale, self.zero_point) if self.frozen else self._derive(weight)
+
+    def begin_learning(self, weight: Tensor) -> None:
+        """Let a learned scale begin at that of ``weight``, the first time that this is called."""
+        if self.learned is None or self.learned.ready:
+            return
+        if not torch.compiler.is_compiling():  # a search has no place in a graph: that of ``prepare`` holds there
+            self._store(*self._derive(whole_weight(weight.detach(), weight.shape, self.name)))
+        self.learned.ready = True
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the integer codes of ``weight``, in its shape: what conversion stores."""
@@ -92,7 +112,9 @@ class WeightQuantizer(FakeQuantizer):
 
     def set_frozen(self, frozen: bool, weight: Tensor) -> None:
         """Let the scale stand still at that of ``weight``, or follow the weight again."""
-        if frozen and not self.frozen:
+        if frozen and self.learned is not None:
+            self.begin_learning(weight)
+        elif frozen and not self.frozen:
             self._store(*self._derive(whole_weight(weight, self._shape, self.name)))
         self.frozen = frozen
 
@@ -104,11 +126,14 @@ class WeightQuantizer(FakeQuantizer):
             index: which rows of ``weight`` they are.
             weight: the whole table.
         """
+        rows = self.joined(rows)
         if not self.quantizing or not rows.numel():
             return rows
         fmt, flat = self._format, rows.reshape(-1, rows.shape[-1])
         zero_point: Tensor | None
-        if not self.scale.dim():
+        if self.learned is not None:
+            scale, zero_point = self._learned_of_rows(index, weight)
+        elif not self.scale.dim():
             scale, zero_point = self.parameters_for(weight)
         elif self.frozen:
             scale, zero_point = rows_of_scale(self.scale, self.zero_point, index, fmt, weight.shape)
@@ -118,6 +143,15 @@ class WeightQuantizer(FakeQuantizer):
         if self.debug_callback is not None:
             tell(self, rows, result, (scale, zero_point, fmt))
         return result
+
+    def _learned_of_rows(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale, zero_point = self.parameters_for(weight)
+        learned: Any = self.learned
+        if self.learns_now:
+            scale, zero_point = learned.with_gradient(self._gradient_factor(weight), self.bits)
+        if not scale.dim():
+            return scale, zero_point
+        return rows_of_scale(scale, zero_point, index, self._format, weight.shape)
 
     def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
         return (*self._unchanging(*self.parameters_for(x)), self._format) if self.quantizing else None

@@ -32,6 +32,8 @@ class Scheme(ABC):
     folds_norms: ClassVar[bool] = False
     #: Whether the range may be searched for (``observer="mse"``), not only be that of the extremes.
     searches_ranges: ClassVar[bool] = False
+    #: Whether a gradient may come back to the scale: :meth:`fake_quantize` then has one for it.
+    learns_scales: ClassVar[bool] = False
     #: Whether the input of a layer can have this format.
     takes_inputs: ClassVar[bool] = False
     #: Whether inputs need no range from outside: each forward finds what it needs.
@@ -54,6 +56,10 @@ class Scheme(ABC):
         # 4096 x 4096: 3 ms, the largest magnitude by vector_norm or aminmax along a dimension 20 to 25.
         bounds = torch.aminmax(rows) if rows.shape[0] == 1 else (rows.amin(1), rows.amax(1))
         low, high = (bound.float().reshape(shape) for bound in bounds)
+        return self.parameters_of_range(low, high, fmt)
+
+    def parameters_of_range(self, low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
+        """Return :meth:`parameters` of the range, widened to be symmetric where ``fmt`` is."""
         if fmt.symmetric:
             high = torch.maximum(high, -low)  # NaN and inf come out as they are
             low = -high
@@ -168,7 +174,9 @@ class Scheme(ABC):
     def check_bits(self, bits: int, fmt: TensorFormat) -> int:
         """Return ``bits`` if a format like ``fmt`` can have them; raise ``ValueError`` otherwise."""
         if self.changes_bits:
-            return check_int("bits", bits, 2, 16)
+            _, fewest, most = SCHEME_BITS.get(fmt.scheme, (0, 2, 16))
+            # The plain integers go through all bits while training, whatever they are called.
+            return check_int("bits", bits, *((2, 16) if self.searches_ranges else (fewest, most)))
         if bits != fmt.bits:
             raise ValueError(f"bits={bits!r} is not allowed: scheme={fmt.scheme!r} keeps its {fmt.bits} bits")
         return bits

@@ -71,6 +71,11 @@ def input_format(config: QuantizationConfig, name: str = "") -> TensorFormat:
             f"scheme={str(config.scheme)!r} is for weights (input of layer {name!r}); use 'int8' or 'dynamic', or no "
             "activation config for weight-only"
         )
+    if not scheme.searches_ranges and config.observer not in (None, "min_max", "moving_average"):
+        raise ValueError(
+            f"observer={config.observer!r} is not available with scheme={str(config.scheme)!r} (input of layer "
+            f"{name!r}); use 'moving_average' or 'min_max'"
+        )
     if config.per_channel or config.group_size is not None:
         raise ValueError(
             f"per_channel and group_size are for weights (input of layer {name!r}); "

@@ -22,6 +22,7 @@ class IntegerScheme(Scheme):
     changes_bits = True
     folds_norms = True
     searches_ranges = True
+    learns_scales = True
     takes_inputs = True
 
     def parameters(self, low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,9 @@ class LLMInt8Scheme(Scheme):
             )
         outliers = None
         if columns is not None and columns.numel():
-            dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float16
-            outliers = Outliers(columns, rows[:, columns].to(dtype))
+            kept = rows[:, columns]
+            wide = tensor.dtype == torch.bfloat16 or bool((kept.abs() > torch.finfo(torch.float16).max).any())
+            outliers = Outliers(columns, kept.to(torch.bfloat16 if wide else torch.float16))
         codes = self.pack(rows_to(codes, tensor, fmt), fmt)
         scale = absmax.reshape(() if fmt.axis is None else -1)
         return QuantizedTensor(codes, {"": scale}, None, fmt, tensor.shape, tensor.dtype, outliers)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.schemes.base import get_scheme
-from lightning_qat.schemes.format import TensorFormat
+from lightning_qat.schemes.format import TensorFormat, rows_of, rows_to, scale_shape
 
 #: Key of the state dict that holds the format: uint8 bytes of UTF-8 JSON, so that every value is a tensor.
 _FORMAT = "format"
@@ -83,9 +83,10 @@ class QuantizedTensor:
         scheme, dtype = get_scheme(self.format.scheme), dtype or self.dtype
         values = scheme.dequantize_packed(self.packed, self.scale, self.zero_point, self.shape, self.format, dtype)
         if self.outliers is not None:
-            rows = values.reshape(self.shape[0], -1)
-            rows[:, self.outliers.columns] = self.outliers.values.to(dtype)
-            values = rows.reshape(self.shape)
+            rows = rows_of(values, self.format)
+            values = rows_to(
+                rows.index_copy(1, self.outliers.columns, self.outliers.values.to(dtype)), values, self.format
+            )
         return values
 
     def to(self, *args: Any, **kwargs: Any) -> QuantizedTensor:
@@ -131,17 +132,19 @@ class QuantizedTensor:
             facts = json.loads(text.decode())
             fmt, dtype = TensorFormat(**facts["format"]), getattr(torch, facts["dtype"])
             shape = torch.Size(facts["shape"])
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{facts['dtype']} is no dtype")
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"state_dict[{_FORMAT!r}] is damaged: {error}") from None
         made = _from_tensors(state, fmt, shape, dtype)
         try:
-            fits = made.codes.shape == shape
-        except (RuntimeError, ValueError):
+            fits = made.codes.shape == shape and _scales_fit(made)
+        except (KeyError, RuntimeError, ValueError):
             fits = False
         if not fits:
             raise ValueError(
                 f"state_dict['packed'] is {made.packed.dtype} of shape {tuple(made.packed.shape)}, which is no tensor "
-                f"of shape {tuple(shape)} in {fmt.scheme} with {fmt.bits} bits"
+                f"with its scales of shape {tuple(shape)} in {fmt.scheme} with {fmt.bits} bits"
             )
         return made
 
@@ -151,6 +154,13 @@ class QuantizedTensor:
         if self.outliers is not None:
             parts.append(f"{self.outliers.columns.numel()} outlier columns")
         return f"QuantizedTensor({', '.join(parts)}, dtype={self.dtype}, device={self.device})"
+
+
+def _scales_fit(held: QuantizedTensor) -> bool:
+    scale, zero = held.scale, held.zero_point
+    if scale.dtype != torch.float32 or (zero is not None and zero.shape != scale.shape):
+        return False
+    return held.format.dynamic or scale.shape == scale_shape(held.shape, held.format)
 
 
 def _from_tensors(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +24,10 @@ from lightning_qat.nn import (
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
+    QuantizedMultiheadAttention,
     keep_codes_inside,
 )
+from lightning_qat.nn.attention import can_be_split, own_projections, split
 from lightning_qat.nn.layer import float_type, make_quantized, supported_class
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.transforms.certificate import (
@@ -44,8 +49,6 @@ TENSORS = "model.safetensors"
 MANIFEST = "manifest.json"
 
 _QUANTIZED_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
-#: Of nested scales; other layers do not have them.
-_NESTED_TENSORS = ("weight_scale_absmax", "weight_scale_offset")
 _EXTRA_STATE = "_extra_state"
 
 
@@ -98,6 +101,11 @@ def _layer_entry(layer: QuantizedLayer) -> dict[str, Any]:
     }
 
 
+def _manifest_digest(body: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in body.items() if key != "manifest_sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _manifest(model: nn.Module, aliases: dict[str, str], extra: dict[str, Any], folder: Path) -> str:
     layers = {n: _layer_entry(m) for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     body = {
@@ -107,13 +115,18 @@ def _manifest(model: nn.Module, aliases: dict[str, str], extra: dict[str, Any], 
         "sha256": _digest(folder / TENSORS),
         "layers": layers,
         "folded_norms": [n for n, m in model.named_modules() if isinstance(m, FoldedBatchNorm)],
+        "attentions": {
+            n: {"product_bits": m.product_bits}
+            for n, m in model.named_modules()
+            if isinstance(m, QuantizedMultiheadAttention)
+        },
         "aliases": aliases,
         "extra_state": extra,
     }
     if (folder / CERTIFICATE).is_file():
         body["certificate"] = _digest(folder / CERTIFICATE)
     try:
-        return json.dumps(body, indent=1)
+        return json.dumps(body | {"manifest_sha256": _manifest_digest(body)}, indent=1)
     except TypeError as error:
         raise ValueError(
             f"the extra state {sorted(extra)} of the model is not plain JSON and cannot be saved: {error}"
@@ -181,6 +194,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     missing = [key for key in keys if key not in manifest]
     if missing:
         raise QuantizedFileError(f"{file} is damaged: it lacks {', '.join(missing)}")
+    if manifest.get("manifest_sha256", None) not in (None, _manifest_digest(manifest)):
+        raise QuantizedFileError(f"{file} is altered: its checksum is not its own; save the model again")
     return manifest
 
 
@@ -250,6 +265,29 @@ def _check_layer(folder: Path, name: str, entry: dict[str, Any], modules: dict[s
     return layer
 
 
+@contextlib.contextmanager
+def _attentions_split(folder: Path, model: nn.Module, entries: dict[str, Any]) -> Iterator[None]:
+    """Give attentions of ``model`` projections of their own, as conversion did; undone if what follows fails."""
+    modules, done = dict(model.named_modules()), []
+    try:
+        for name, entry in entries.items():
+            attention = modules.get(name)
+            if not isinstance(attention, nn.MultiheadAttention) or not can_be_split(attention):
+                found = f"a {type(attention).__name__} there" if attention is not None else "nothing of that name"
+                raise QuantizedFileError(
+                    f"{folder} holds an nn.MultiheadAttention {name!r}, and the model has {found}; build the same model"
+                )
+            done.append((attention, attention.__dict__.copy(), attention._parameters.copy(), attention._modules.copy()))
+            split(attention)
+            own_projections(attention, entry["product_bits"])
+        yield
+    except BaseException:
+        for attention, attributes, parameters, children in done:
+            attention.__class__ = nn.MultiheadAttention
+            attention.__dict__.update({**attributes, "_parameters": parameters, "_modules": children})
+        raise
+
+
 def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
     """Fill a freshly built float model from a folder that :func:`save_quantized` wrote.
 
@@ -268,15 +306,17 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
     folder = Path(path)
     manifest = read_manifest(folder)
     tensors, report = _read_tensors(folder, manifest), _read_certificate(folder, manifest)
-    modules = dict(model.named_modules())
-    layers = {name: _check_layer(folder, name, entry, modules) for name, entry in manifest["layers"].items()}
-    _check_names(folder, model, manifest, tensors)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _attentions_split(folder, model, manifest.get("attentions", {})):
+        modules = dict(model.named_modules())
+        layers = {name: _check_layer(folder, name, entry, modules) for name, entry in manifest["layers"].items()}
+        _check_names(folder, model, manifest, tensors)
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     for name, layer in layers.items():
         entry = manifest["layers"][name]
         prefix = f"{name}." if name else ""
         held = {key: tensors.get(prefix + key) for key in _QUANTIZED_TENSORS}
-        held |= {key: tensors[prefix + key] for key in _NESTED_TENSORS if prefix + key in tensors}
+        scales = [key for key in tensors if key.startswith(prefix + "weight_scale")]  # a scheme may store several
+        held |= {key[len(prefix) :]: tensors[key] for key in scales}
         if prefix + "bias" in tensors and getattr(layer, "bias", None) is None:
             layer.register_parameter("bias", nn.Parameter(tensors[prefix + "bias"].clone(), requires_grad=False))
         make_quantized(
@@ -293,7 +333,9 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor.dtype != tensors[name].dtype:
             tensor.data = tensor.data.to(tensors[name].dtype)  # a half-precision model loads as one
-    model.load_state_dict(tensors | manifest["extra_state"], strict=True)
+    # What was built on the meta device has no memory to copy into.
+    assign = any(t.is_meta for t in itertools.chain(model.parameters(), model.buffers()))
+    model.load_state_dict(tensors | manifest["extra_state"], strict=True, assign=assign)
     leave_fast_paths(model)
     keep_codes_inside(model, QuantizedConv2d, (QuantizedConv2d, QuantizedLinear))
     model.to(device).eval()

@@ -12,11 +12,20 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_qat.nn import FoldedBatchNorm, QATLayer, QuantizedConv2d, QuantizedLinear, keep_codes_inside
+from lightning_qat.nn import (
+    FoldedBatchNorm,
+    QATLayer,
+    QATMultiheadAttention,
+    QuantizedConv2d,
+    QuantizedLinear,
+    keep_codes_inside,
+)
+from lightning_qat.nn.attention import own_projections
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import make_quantized, unmake_qat
 from lightning_qat.nn.norm import norm_factor_and_shift
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
+from lightning_qat.quantizers.learned_scale import LearnedScale, check_scales
 from lightning_qat.quantizers.sharded import is_sharded
 from lightning_qat.schemes import TensorFormat, get_scheme
 from lightning_qat.transforms.fuse import trace_folds
@@ -155,11 +164,11 @@ def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
     weight, quantizer = _float_weight(layer), layer.weight_quantizer
     scale, zero_point = (t.clone() for t in quantizer.parameters_for(weight))
     # An infinite weight leaves a finite scale: ranges are cut at the largest float32.
-    if weight.numel() and not bool(
-        torch.isfinite(torch.stack(torch.aminmax(weight))).all() & torch.isfinite(scale).all()
-    ):
+    if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         raise ValueError(f"the weight of layer {name!r} holds NaN or inf; train from a checkpoint before it broke")
     fmt = quantizer.format
+    if not bool(torch.isfinite(get_scheme(fmt.scheme).effective_scale(scale, fmt)).all()):
+        raise ValueError(f"the weight of layer {name!r} has magnitudes beyond {fmt.scheme}; use another scheme for it")
     codes = get_scheme(fmt.scheme).quantize(weight, scale, zero_point, fmt)
     input_format, tensors = _input_tensors(layer.input_quantizer, name)
     axis, feeds_one_layer = layer.channel_axis, bool(quantizer.feeds_one_layer)
@@ -212,9 +221,13 @@ def convert(
     original: ModelT = getattr(model, "_orig_mod", model)  # of torch.compile
     if not any(True for _ in qat_layers(original)):
         raise ValueError(f"{type(original).__name__} has no prepared layer to convert; call prepare(model, plan) first")
+    check_scales([part for part in original.modules() if isinstance(part, LearnedScale)])
     converted = _copy_without_weights(original)
     converted.__dict__.pop(_PLAN, None)
     trace_folds(converted)
+    for module in converted.modules():
+        if isinstance(module, QATMultiheadAttention):
+            own_projections(module, module.planned_product_bits())
     layers = [(name, layer, _norm_of(converted, name, layer)) for name, layer in qat_layers(converted)]
     for name, layer, norm in layers:
         _convert_layer(name, layer, norm)

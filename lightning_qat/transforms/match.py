@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.config import LayerRule, QuantizationConfig, QuantizationPlan, nearest_first
-from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.nn import QATLayer, QATMultiheadAttention, QuantizedLayer
+from lightning_qat.nn.attention import PROJECTIONS, can_be_split, split
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import supported_class
 
@@ -23,12 +24,20 @@ LayerConfigs = tuple[QuantizationConfig, "QuantizationConfig | None"]
 
 
 def _inside_attention(model: nn.Module) -> set[int]:
-    """Layers that ``nn.MultiheadAttention`` owns: it reads their weights and never calls them."""
+    """Layers that an ``nn.MultiheadAttention`` owns, reads the weights of and never calls: it was not split."""
     owned: set[int] = set()
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, QATMultiheadAttention):
             owned.update(id(child) for child in module.modules())
     return owned
+
+
+def split_attention(model: nn.Module) -> list[nn.MultiheadAttention]:
+    """Let every attention of ``model`` call its projections, in place, so that they can be matched; return these."""
+    found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and can_be_split(m)]
+    for attention in found:
+        split(attention)
+    return found
 
 
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -42,17 +51,29 @@ def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
             continue  # already quantized by another library
         if id(module) in skipped:
-            logger.info("layer %r stays in float: nn.MultiheadAttention reads its weight without calling it", name)
+            logger.info("layer %r stays in float: its attention reads its weight without calling it", name)
             continue
         layers[name] = module
     return layers
 
 
-def _rule_matches(rule: LayerRule, names: list[str], module: nn.Module) -> bool:
+def _rule_matches(rule: LayerRule, names: list[str], modules: list[nn.Module]) -> bool:
     if isinstance(rule.match, str):
         pattern = rule.match
         return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-    return isinstance(module, rule.match)
+    return any(isinstance(module, rule.match) for module in modules)
+
+
+def _all_names(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of every module; those of an attention stand for its projections too."""
+    names: dict[int, list[str]] = {}  # a layer of two parents goes by two names
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for attention in model.modules():
+        if isinstance(attention, QATMultiheadAttention):
+            for part in PROJECTIONS:
+                names[id(getattr(attention, part))] += names[id(attention)]
+    return names
 
 
 def _unmatched(rule: LayerRule, layers: dict[str, nn.Module]) -> ValueError:
@@ -80,11 +101,15 @@ def match_layers(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerCon
     if plan.base is not None:
         configs = plan.base.weight_config(), plan.base.activation_config()  # type: ignore[union-attr]
         matched = {name: configs for name, module in layers.items() if not isinstance(module, nn.Embedding)}
-    names: dict[int, list[str]] = {}  # a layer of two parents goes by two names
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
+    names = _all_names(model)
+    attentions = [module for module in model.modules() if isinstance(module, QATMultiheadAttention)]
+    owners: dict[int, nn.Module] = {id(getattr(each, part)): each for each in attentions for part in PROJECTIONS}
     for rule in plan.rules:
-        hits = [name for name, module in layers.items() if _rule_matches(rule, names[id(module)], module)]
+        hits = [
+            name
+            for name, module in layers.items()
+            if _rule_matches(rule, names[id(module)], [module, owners.get(id(module), module)])
+        ]
         if not hits:
             raise _unmatched(rule, layers)
         for name in hits:

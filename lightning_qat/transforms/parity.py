@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.nn.attention import tensors_of
 from lightning_qat.nn.norm import norm_factor_and_shift
 from lightning_qat.schemes import get_scheme
 from lightning_qat.transforms.calibrate import _call
@@ -179,7 +180,7 @@ def _changed_tensors(trained: nn.Module, converted: nn.Module, pairs: list[_Pair
     for name, module in trained.named_modules():
         if module in replaced:
             continue
-        for key, value in (module._parameters | module._buffers).items():
+        for key, value in tensors_of(module).items():
             other = getattr(others.get(name), key, None)
             if value is not None and not (isinstance(other, Tensor) and torch.equal(value, other)):
                 found.append(f"{name}.{key}".lstrip("."))

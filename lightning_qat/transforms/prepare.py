@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.nn.attention import merge, settle
 from lightning_qat.nn.layer import make_qat, unmake_qat
-from lightning_qat.nn.single import check_available
-from lightning_qat.transforms.match import match_layers
+from lightning_qat.transforms.match import match_layers, split_attention
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -90,18 +90,25 @@ def prepare(model: ModelT, plan: PlanLike = "int8") -> ModelT:
         if isinstance(module, (QATLayer, QuantizedLayer)):
             state = "prepared" if isinstance(module, QATLayer) else "converted"
             raise ValueError(f"layer {name!r} of {type(model).__name__} is already {state}; prepare a float model")
-    check_available(resolved.base)
-    matched = match_layers(model, resolved)
-    layers = dict(model.named_modules())
     done: list[str] = []
+    attentions = split_attention(model)
     try:
+        matched = match_layers(model, resolved)
+        layers = dict(model.named_modules())
         for name, (weight, activation) in matched.items():
             make_qat(layers[name], weight, activation, name or type(model).__name__)
             done.append(name)
     except BaseException:
         for name in done:
             unmake_qat(layers[name])
+        for attention in attentions:
+            merge(attention)
         raise
+    for attention in attentions:
+        if any(isinstance(layer, QATLayer) for layer in attention.children()):
+            settle(attention)
+        else:
+            merge(attention)
     leave_fast_paths(model)
     model.__dict__[_PLAN] = resolved
     return compiled

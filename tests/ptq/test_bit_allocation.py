@@ -20,8 +20,7 @@ from lightning_qat.ptq import LayerSensitivity, allocate_bits, measure_sensitivi
 def network() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 32), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(32, 10)).eval()
-    return model
+    return nn.Sequential(*layers, nn.Linear(32, 10)).eval()
 
 
 def test_the_loss_of_a_layer_is_what_it_does_to_the_output() -> None:

@@ -103,7 +103,6 @@ def test_the_model_itself_may_be_a_layer():
         (lq.QuantizationPlan([lq.LayerRule("block.*", "int8")]), r"match='block.\*' matches no layer.*'blocks\.\d'"),
         (lq.QuantizationPlan([lq.LayerRule(nn.Conv1d, "int8")]), "match=Conv1d matches no layer.*Conv2d"),
         (lq.QATConfig("int4", group_size=3), r"4 % 3 != 0 \(layer 'head'\)|9 % 3|group_size"),
-        (lq.QATConfig(learnable_step_size=True), "learnable_step_size"),
         (lq.QuantizationConfig("gptq"), "'gptq' has no implementation in this version"),
         ("in8", "preset='in8' is not known; use one of: 'int8'"),
     ],
@@ -121,8 +120,23 @@ def test_nothing_to_quantize_is_an_error():
         lq.prepare(nn.Sequential(nn.ReLU()), "int8")
 
 
-def test_attention_keeps_its_projection_in_float_and_says_so(caplog):
+def test_a_transformer_layer_is_prepared_with_its_attention():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    parameters = dict(layer.named_parameters())
+    held = layer.self_attn
+    lq.prepare(layer, "int8")
+    projections = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert set(bits_of(layer)) == projections | {"linear1", "linear2"}
+    assert isinstance(held, lq.QATMultiheadAttention)
+    assert all(parameters[name] is parameter for name, parameter in layer.named_parameters())
+
+
+def test_an_attention_of_its_own_stays_in_float_and_says_so(caplog):
+    class Own(nn.MultiheadAttention):
+        pass
+
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    layer.self_attn = Own(16, 2, batch_first=True)
     with caplog.at_level(logging.INFO, logger="lightning_qat"):
         lq.prepare(layer, "int8")
     assert "self_attn.out_proj" in caplog.text

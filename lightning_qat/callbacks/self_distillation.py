@@ -1,0 +1,218 @@
+"""Self-distillation: the fake-quantized model learns from what it is in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_qat.callbacks.both_lightnings import in_both, serve_both
+from lightning_qat.transforms.distillation import DistillationLoss, as_teacher, distillation_gradient
+from lightning_qat.transforms.penalty import check_factor
+from lightning_qat.transforms.prepare import qat_layers
+from lightning_qat.validation import check_choice, nearest_first
+
+
+class SelfDistillation(pl.Callback):
+    """Train as if ``weight * distillation loss`` were added to the loss of an unchanged LightningModule.
+
+    The teacher is the float forward of the same latent weights: no second model in memory, no file to load, and it
+    gets better as the weights do. Before each forward pass of the module in training the same inputs go through it
+    once more with fake quantization switched off and without gradients, with the same dropout; BatchNorm statistics,
+    observers, the random state and attributes stay as they were. The gradient of the loss, which is known as soon as
+    the student's output is, joins the one that arrives at that output in the backward pass: divided by
+    ``accumulate_grad_batches`` and scaled as that is. An output that the loss does not depend on is not distilled.
+
+    One float forward without a graph is what it costs. In a phase of float training nothing is done. Logged is
+    ``quantization/distillation_loss``, without ``weight``, summed over the outputs of a batch.
+
+    With manual optimization the loss counts in full for each output, whatever the module divides its own by. Names in
+    ``layers`` have to be of modules outside activation checkpointing. In a compiled module dropout draws other numbers
+    than in the teacher, which is always run eagerly.
+
+    Args:
+        weight: of the distillation loss, 0 or more; 0 measures it and changes no bit of the training.
+        temperature: softens the predictions for ``"kl"``; the loss is multiplied by its square.
+        layers: names of the modules whose outputs are distilled, such as ``"model"``; None is the LightningModule's
+            own ``forward``, which its ``training_step`` has to call as ``self(x)``.
+        loss: ``"kl"`` for logits, ``"mse"`` for anything else.
+        output: which part of an output that is a dict, a tuple or an object with attributes; None takes a tensor, or
+            ``logits``.
+        class_dim: dimension of the classes for ``"kl"``; 1 for images ``[N, classes, H, W]``.
+
+    Raises:
+        ValueError: for settings that are not allowed; in training for names that the module does not have, for
+            outputs without such a part, and with DeepSpeed, which scales losses itself.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        layers: str | Sequence[str] | None = None,
+        *,
+        loss: DistillationLoss = "kl",
+        output: str | int | None = None,
+        class_dim: int = -1,
+    ) -> None:
+        serve_both(SelfDistillation)
+        super().__init__()
+        self.weight = check_factor("weight", weight)
+        self.temperature = check_factor("temperature", temperature)
+        if not self.temperature:
+            raise ValueError(f"temperature={temperature!r} is not allowed; use a number above 0")
+        self.layers = ("",) if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
+        if not self.layers or not all(isinstance(name, str) for name in self.layers):
+            raise ValueError(f"layers={layers!r} is not allowed; use names of modules, or None for the whole module")
+        self.loss: DistillationLoss = check_choice("loss", loss, ("kl", "mse"))  # type: ignore[assignment]
+        self.output = output
+        self.class_dim = class_dim
+        self._handles: list[Any] = []
+        #: Of forward passes that have begun: the module, and what the teacher said.
+        self._said: list[tuple[nn.Module, Tensor]] = []
+        self._losses: list[Tensor] = []
+        self._warned = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if any(isinstance(trainer.strategy, known) for known in in_both("strategies.DeepSpeedStrategy")):
+            raise ValueError("SelfDistillation does not know how DeepSpeed scales losses; use DDP")
+        modules = dict(pl_module.named_modules())
+        for name in self.layers:
+            if name not in modules:
+                nearest = ", ".join(repr(n) for n in nearest_first(name, modules)[:5])
+                raise ValueError(f"layers={name!r}: {type(pl_module).__name__} has no such module; nearest: {nearest}")
+        self._remove()
+        self._warned = False
+        for name in self.layers:
+            self._watch(trainer, modules[name])
+
+    def _watch(self, trainer: pl.Trainer, module: nn.Module) -> None:
+        # Functions and not methods: a copy of the module then shares them instead of copying this callback.
+
+        @torch.compiler.disable
+        def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if called is module and _trains(trainer, called):
+                self._said.append((called, self._ask_teacher(called, args, kwargs)))
+
+        @torch.compiler.disable
+        def after(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._said and self._said[-1][0] is called and torch.is_grad_enabled():
+                self._teach(trainer, _part(output, self.output), self._said.pop()[1])
+
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def _ask_teacher(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the output that ``module`` has in float."""
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "SelfDistillation: a module of layers= is run again in the backward pass, by activation "
+                "checkpointing; name a module outside of it"
+            )
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        versions = [leaf._version for leaf in inputs]
+        with as_teacher(module):
+            # Not ``module(...)``: its own pre-hooks have seen these arguments.
+            said = _part(module.forward(*args, **kwargs), self.output)
+        if versions != [leaf._version for leaf in inputs]:
+            raise RuntimeError(
+                f"SelfDistillation: the forward of {type(module).__name__} changes its input in place, and it is to "
+                "run twice; clone the input first, or name another module in layers="
+            )
+        return said.detach()
+
+    def _teach(self, trainer: pl.Trainer, student: Tensor, teacher: Tensor) -> None:
+        """Measure the distillation loss, and let its gradient join that of ``student``."""
+        loss, gradient = distillation_gradient(student.detach(), teacher, self.loss, self.temperature, self.class_dim)
+        self._losses.append(loss)
+        if self.weight and student.requires_grad:
+            student.register_hook(_joining(trainer, gradient.mul_(self.weight)))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._said.clear()  # of a forward pass that failed
+        self._losses.clear()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._losses:
+            total = torch.stack([loss.to(self._losses[0]) for loss in self._losses]).sum()
+            pl_module.log("quantization/distillation_loss", total)
+            self._warned = True  # it is known to be called
+        elif not self._warned and _quantizes(pl_module):
+            self._warned = True
+            names = ", ".join(repr(name) for name in self.layers if name) or "the LightningModule"
+            rank_zero_warn(
+                f"SelfDistillation: training_step called no forward of {names}, so nothing is distilled; name the "
+                "module that it calls, such as layers='model'"
+            )
+        self._losses.clear()
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._said.clear()
+        self._losses.clear()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove()
+
+
+serve_both(SelfDistillation)  # LightningCLI looks at the class before there is an instance
+
+
+def _quantizes(module: nn.Module) -> bool:
+    return any(layer.weight_quantizer.quantizing for _, layer in qat_layers(module))
+
+
+def _trains(trainer: pl.Trainer, module: nn.Module) -> bool:
+    """Whether a forward pass of ``module`` now is one of quantized training."""
+    if not (trainer.training and torch.is_grad_enabled() and _quantizes(trainer.lightning_module)):
+        return False
+    # Of strategies that wrap the module, such as DDP, ``forward`` stands for ``training_step``, which is called soon.
+    return "_ForwardRedirection" not in getattr(module.forward, "__qualname__", "")
+
+
+def _part(output: Any, which: str | int | None) -> Tensor:
+    """Return the tensor of a forward's output that is distilled."""
+    found = output
+    if which is None and not isinstance(output, Tensor):
+        which = "logits"
+    if isinstance(which, int) or (isinstance(which, str) and isinstance(output, Mapping)):
+        known = range(len(output)) if isinstance(output, Sequence) else output
+        found = output[which] if which in known else None
+    elif isinstance(which, str):
+        found = getattr(output, which, None)
+    if isinstance(found, Tensor) and found.is_floating_point():
+        return found
+    names = f" with {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
+    raise ValueError(
+        f"SelfDistillation: a forward returned a {type(output).__name__}{names}, of which output={which!r} is no "
+        "floating-point tensor; say which part with output=, an index or a name"
+    )
+
+
+def _joining(trainer: pl.Trainer, gradient: Tensor) -> Callable[[Tensor], Tensor | None]:
+    """Return a hook that adds ``gradient``, once, scaled as the loss is that is going backward."""
+    pending = [gradient]
+
+    def hook(grad: Tensor) -> Tensor | None:
+        if torch.is_grad_enabled() or not pending:  # a gradient that is to be differentiated, such as of a penalty
+            return None
+        added = pending.pop()
+        if trainer.lightning_module.automatic_optimization:
+            added = added / trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return grad + (added if scaler is None else scaler.scale(added)).to(grad.dtype)
+
+    return hook

@@ -1,0 +1,188 @@
+"""Learned scales in the user's optimizer: in groups of their own, whatever was made of the rest.
+
+Weight decay would pull a scale's exponent to 0, which is the scale 1. So scales have none, and a learning rate of
+their own. Schedulers keep one number for each group of their optimizer and get one for each group more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_qat.quantizers.learned_scale import LearnedScale
+
+#: What a scheduler keeps for each group: learning rates, and what is no learning rate.
+_RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "eta_mins")
+_OTHERS = ("lr_lambdas", "base_momentums", "max_momentums")
+
+#: Learning rates that schedulers keep in the group itself.
+_GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+
+
+def learned_scales(model: nn.Module) -> list[LearnedScale]:
+    """Return what holds the learned scales of ``model``, each once."""
+    return [module for module in model.modules() if isinstance(module, LearnedScale)]
+
+
+def _scale_ids(model: nn.Module) -> dict[int, nn.Parameter]:
+    return {id(p): p for learned in learned_scales(model) for p in learned.parameters()}
+
+
+def quantization_param_groups(
+    module: nn.Module, lr: float, quantization_lr: float, **options: Any
+) -> list[dict[str, Any]]:
+    """Return parameter groups for an optimizer: everything else, and the learned scales without weight decay.
+
+    ``torch.optim.AdamW(quantization_param_groups(model, 1e-3, 1e-4), weight_decay=0.01)``. Without learned scales
+    there is the first group alone. Parameters that take no gradient are left out.
+
+    Args:
+        module: a prepared model.
+        lr: of everything else.
+        quantization_lr: of the scales. With Adam about the share of itself that a scale moves by in a step.
+        **options: of the group of everything else, such as ``weight_decay``.
+
+    Raises:
+        ValueError: for a learning rate that is not positive.
+    """
+    for name, value in (("lr", lr), ("quantization_lr", quantization_lr)):
+        if not isinstance(value, (int, float, Tensor)) or not float(value) > 0:
+            raise ValueError(f"{name}={value!r} is not allowed; use a positive number")
+    scales = _scale_ids(module)
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in scales]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": lr, **options}]
+    if scales:
+        groups.append({"params": list(scales.values()), "lr": quantization_lr, "weight_decay": 0.0})
+    return groups
+
+
+def separate_scales(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    schedulers: Iterable[Any] = (),
+    lr: float | None = None,
+) -> int:
+    """Give the learned scales of ``model`` groups of their own in ``optimizers``, each where its layer's weight is.
+
+    Groups that hold scales alone, as of :func:`quantization_param_groups`, stay as they are. A new group is a copy of
+    the one with the layer's weight (of the first, where no optimizer has the weight), with ``lr`` and without
+    weight decay. Doing it again changes nothing.
+
+    Args:
+        model: a prepared model.
+        optimizers: of any kind with ``param_groups``.
+        schedulers: that were made of them; they get a number for each new group.
+        lr: of the scales, in place of the one that the group was made with; schedules multiply it as they do that.
+
+    Returns:
+        How many groups were added.
+
+    Raises:
+        ValueError: if a scheduler keeps numbers for each group that are not known here.
+    """
+    scales, added = _scale_ids(model), 0
+    optimizers = [optimizer for optimizer in optimizers if optimizer.param_groups]  # Lightning's stand-in for none
+    if not scales or not optimizers:
+        return 0
+    homes = _homes(model, optimizers)
+    for optimizer in optimizers:
+        groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+        apart = set().union(*(group for group in groups if group <= scales.keys()))
+        wanted: dict[int, list[nn.Parameter]] = {}
+        for key, parameter in scales.items():
+            home, index = homes[key]
+            if home is optimizer and key not in apart:
+                wanted.setdefault(index, []).append(parameter)
+        moved = {id(p) for several in wanted.values() for p in several}
+        for group in optimizer.param_groups:
+            if moved & {id(p) for p in group["params"]}:
+                group["params"] = [p for p in group["params"] if id(p) not in moved]
+        for index, several in wanted.items():
+            _add_group(optimizer, index, several, lr, _of(optimizer, schedulers))
+            added += 1
+    return added
+
+
+def _homes(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, int]]:
+    """Return for each scale the optimizer and the group that it belongs to: its own, else its layer's weight's."""
+    held = {
+        id(p): (optimizer, index)
+        for optimizer in reversed(optimizers)
+        for index, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+    }
+    homes: dict[int, tuple[Optimizer, int]] = {}
+    for layer in model.modules():
+        inside = [m for child in layer.children() for m in (child, *child.children()) if isinstance(m, LearnedScale)]
+        weight = next((held[id(p)] for p in layer._parameters.values() if id(p) in held), None)
+        for parameter in (p for learned in inside for p in learned.parameters()):
+            found = held.get(id(parameter)) or homes.get(id(parameter)) or weight
+            if found is not None:
+                homes[id(parameter)] = found
+    return {key: homes.get(key, (optimizers[0], 0)) for key in _scale_ids(model)}
+
+
+def _of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:
+    """Return the schedulers of ``optimizer``, with those inside of others, each once."""
+    found: dict[int, Any] = {}
+    waiting = list(schedulers)
+    while waiting:
+        scheduler = waiting.pop()
+        waiting += list(getattr(scheduler, "_schedulers", ()))
+        if getattr(scheduler, "optimizer", None) is optimizer:
+            found[id(scheduler)] = scheduler
+    return list(found.values())
+
+
+def _add_group(
+    optimizer: Optimizer, index: int, parameters: list[nn.Parameter], lr: float | None, schedulers: list[Any]
+) -> None:
+    template, before = optimizer.param_groups[index], len(optimizer.param_groups)
+    made_with = template.get("initial_lr", template["lr"])
+    factor = 1.0 if lr is None or not float(made_with) else lr / float(made_with)
+    group = {key: value for key, value in template.items() if key not in ("params", "param_names", "name")}
+    group |= {key: _times(group[key], factor) for key in _GROUP_RATES if key in group}
+    if lr is not None and not float(made_with):
+        group["lr"] = lr
+    if "weight_decay" in group:
+        group["weight_decay"] = 0.0
+    for scheduler in schedulers:
+        _check_known(scheduler, before)
+    if "param_names" in template:
+        group["params"] = [(f"quantization_scale.{before}.{i}", p) for i, p in enumerate(parameters)]
+    else:
+        group["params"] = parameters
+    optimizer.add_param_group(group)
+    for scheduler in schedulers:
+        for name in (*_RATES, *_OTHERS):
+            values = getattr(scheduler, name, None)
+            if isinstance(values, list) and len(values) == before:
+                values.append(_times(values[index], factor if name in _RATES else 1.0))
+
+
+def _times(value: Any, factor: float) -> Any:
+    """Return a number of its own: a learning rate may be a tensor that is changed in place."""
+    if isinstance(value, Tensor):
+        return value * factor
+    return value if factor == 1.0 else value * factor
+
+
+def _check_known(scheduler: Any, groups: int) -> None:
+    if type(scheduler).__module__ == LRScheduler.__module__:
+        return
+    known = (*_RATES, *_OTHERS)
+    for name, value in vars(scheduler).items():
+        if name in known or not isinstance(value, (list, tuple)) or len(value) != groups:
+            continue
+        numbers = all(isinstance(v, (int, float, Tensor)) or callable(v) for v in value)
+        if numbers and isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)) and groups > 1:
+            raise ValueError(
+                f"the scheduler {type(scheduler).__name__} keeps {name!r} for each of the {groups} parameter groups, "
+                "which cannot be extended for the learned scales; make the optimizer with "
+                "quantization_param_groups(module, lr, quantization_lr), so that they have a group when the scheduler "
+                "is made"
+            )
