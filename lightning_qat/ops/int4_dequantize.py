@@ -96,7 +96,7 @@ def int4_dequantize_cpu(
         codes = codes.to(torch.float32).sub_(8.0) if zero_point is None else codes.to(torch.float32)
         return _scaled(codes.view(-1, run), scale.reshape(-1, 1).float(), _column(zero_point), result.view(-1, run))
     table, scales, zeros = _pair_table(zero_point is None), scale.reshape(-1, 1).float(), _column(zero_point)
-    scratch = torch.empty(min(numel + 1, CHUNK))
+    scratch = torch.empty(min(numel + 1, CHUNK), dtype=torch.float32)
     index_memory = torch.empty(len(scratch), dtype=torch.int32)
     for part, runs in chunks(numel, run):
         size, source = part.stop - part.start, packed[part.start // 2 : (part.stop + 1) // 2]

@@ -220,7 +220,7 @@ def empty_result(x: Tensor, group: int) -> Tensor:
 
 def empty_scratch(result: Tensor, limit: int) -> Tensor:
     """Return flat uninitialized float32 CPU memory for one block of ``result``."""
-    return advise_huge_pages(torch.empty(min(result.numel(), limit)))
+    return advise_huge_pages(torch.empty(min(result.numel(), limit), dtype=torch.float32))
 
 
 def view_scratch(scratch: Tensor, block: Tensor) -> Tensor:

@@ -56,7 +56,10 @@ def vectorwise_codes_cpu(x: Tensor, absmax: Tensor) -> Tensor:
     if not x.numel():
         return codes
     flat, result, factors = x.reshape(-1), codes.view(-1), (127.0 / absmax).unsqueeze(1)
-    scratch, halves = torch.empty(min(x.numel(), CHUNK)), torch.empty(min(x.numel(), CHUNK), dtype=torch.float16)
+    scratch, halves = (
+        torch.empty(min(x.numel(), CHUNK), dtype=torch.float32),
+        torch.empty(min(x.numel(), CHUNK), dtype=torch.float16),
+    )
     for part, rows in chunks(x.numel(), x.shape[1]):
         size = part.stop - part.start
         values = scratch[:size].copy_(halves[:size].copy_(flat[part])).view(rows.stop - rows.start, -1)

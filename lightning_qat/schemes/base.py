@@ -49,7 +49,7 @@ class Scheme(ABC):
         """Return ``(scale, zero_point)`` of the ranges that ``x`` has."""
         rows, shape = rows_of(x, fmt), scale_shape(x.shape, fmt)
         if not rows.numel():
-            zeros = torch.zeros(shape, device=x.device)
+            zeros = torch.zeros(shape, dtype=torch.float32, device=x.device)
             return self.parameters(zeros, zeros, fmt)
         if rows.dtype == torch.float64:
             rows = rows.float()

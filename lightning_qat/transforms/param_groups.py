@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_qat.nn import QATLayer
 from lightning_qat.quantizers.learned_scale import LearnedScale
 
 #: What a scheduler keeps for each group: learning rates, and what is no learning rate.
@@ -118,7 +119,8 @@ def _homes(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, tuple
     homes: dict[int, tuple[Optimizer, int]] = {}
     for layer in model.modules():
         inside = [m for child in layer.children() for m in (child, *child.children()) if isinstance(m, LearnedScale)]
-        weight = next((held[id(p)] for p in layer._parameters.values() if id(p) in held), None)
+        own = [*layer._parameters.values(), *(layer.weight_parameters() if isinstance(layer, QATLayer) else ())]
+        weight = next((held[id(p)] for p in own if id(p) in held), None)
         for parameter in (p for learned in inside for p in learned.parameters()):
             found = held.get(id(parameter)) or homes.get(id(parameter)) or weight
             if found is not None:

@@ -232,8 +232,7 @@ def weight_to_move(
     None where the layer computes in float, or no such parameter is trained.
     """
     own = layer._parameters.get("weight")
-    candidates = [own] if own is not None else list(layer.parameters())
-    holders = [p for p in candidates if p.requires_grad and (parameters is None or id(p) in parameters)]
+    holders = [p for p in layer.weight_parameters() if p.requires_grad and (parameters is None or id(p) in parameters)]
     if not layer.weight_quantizer.quantizing or not holders:
         return None
     with torch.enable_grad():

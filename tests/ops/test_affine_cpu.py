@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensors import DTYPES, batches, randn
 
+from lightning_qat import QuantizationConfig, fake_quantize, quantize
 from lightning_qat.ops import affine
 from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine
 
@@ -95,3 +96,20 @@ def test_scales_that_learn_keep_their_gradient() -> None:
     scale = torch.tensor(0.5, requires_grad=True)
     dequantize_affine(torch.tensor([1, 2, 3]), scale).sum().backward()
     assert scale.grad == 6.0
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    x, w = randn(5, 70), randn(6, 40)
+    configs = ("nf4", "dynamic_tree", "llm_int8", QuantizationConfig("int4", group_size=8))
+    held = [quantize(w, config) for config in configs]
+    scale = x.abs().amax(1) / 7.5
+    expected = [fake_quantize(x, scale, bits=4, axis=0), *(h.dequantize() for h in held), *(h.codes for h in held)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = [quantize(w, config) for config in configs]
+        actual = [fake_quantize(x, scale, bits=4, axis=0), *(h.dequantize() for h in again), *(h.codes for h in again)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)

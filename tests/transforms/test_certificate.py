@@ -71,6 +71,7 @@ def rewrite(path, edit):
     (path / "certificate.json").write_text(json.dumps(content))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["certificate"] = sha256(path / "certificate.json")
+    del manifest["manifest_sha256"]
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -82,7 +83,7 @@ def damage(path, how):
         file.unlink()
     elif how == "unlisted":
         content = json.loads(manifest.read_text())
-        del content["certificate"]
+        del content["certificate"], content["manifest_sha256"]
         manifest.write_text(json.dumps(content))
     elif how == "other tensors":
         rewrite(path, lambda content: content.update(sha256="0" * 64))
