@@ -69,6 +69,7 @@ from lightning_qat.transforms import (
     set_bits,
     update_ranges,
 )
+from lightning_qat.transforms.param_groups import quantization_param_groups
 from lightning_qat.transforms.penalty import qat_loss, quantization_penalty
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
         BatchNormFolding,
         DelayedQATStart,
         FreezeQuantization,
+        LearnedScales,
         ObserverCalibration,
         ProgressiveBitReduction,
         QuantizationAwareTraining,
@@ -103,6 +105,7 @@ _LAZY = {
     "BatchNormFolding": "callbacks",
     "DelayedQATStart": "callbacks",
     "FreezeQuantization": "callbacks",
+    "LearnedScales": "callbacks",
     "ObserverCalibration": "callbacks",
     "ProgressiveBitReduction": "callbacks",
     "QuantizationAwareTraining": "callbacks",
@@ -137,6 +140,7 @@ __all__ = [
     "HistogramObserver",
     "LayerRule",
     "LayerStatistics",
+    "LearnedScales",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageObserver",
@@ -197,6 +201,7 @@ __all__ = [
     "qat_loss",
     "quantization_error",
     "quantization_penalty",
+    "quantization_param_groups",
     "quantization_statistics",
     "quantize",
     "quantize_4bit",

@@ -202,7 +202,7 @@ def test_killed_and_run_again_is_never_having_been_killed(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ("comparison=fashion_mnist", "did you mean 'fashion_mnist_int8_w4a8'?"),
+        ("comparison=fashion_mnist_int8", "did you mean 'fashion_mnist_int8_w4a8'?"),
         ("arms=int8", "did you mean 'int8_w4a8'?"),
         ("seeds=[0,0]", "a list of different integers"),
         ("seeds=[-1]", "seeds=-1 is not allowed"),
