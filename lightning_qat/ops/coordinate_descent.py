@@ -1,0 +1,129 @@
+"""Better codes for a weight that has some: each column is rounded again, given all others.
+
+The loss ``tr((W - Q) H (W - Q)^T)`` is a quadratic of each element of ``Q`` with all others fixed, least at ``q_j +
+P_j / H_jj`` with the products ``P = H (W - Q)^T``. The nearest value of the grid is thus the best one, and no step makes
+the loss larger. Tensors are transposed as in :mod:`lightning_qat.ops.gptq`.
+
+Source: Behdin et al. 2023 (QuantEase).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.ops.gptq import Levels, Steps, nearest_level
+from lightning_qat.ops.gptq_cpu import walk
+
+
+def descend(
+    values: Tensor, products: Tensor, hessian: Tensor, steps: Steps, levels: Levels, *, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Round the columns ``start`` to ``stop`` again.
+
+    Args:
+        values: ``Q``, float32 ``[in_features, out_features]``; **changed**.
+        products: ``P``, shaped so; **changed**.
+        hessian: ``H``, float32 ``[in_features, in_features]``, symmetric with a positive diagonal.
+        steps: of these columns.
+        levels: see :class:`lightning_qat.ops.gptq.Levels`.
+        start: first column.
+        stop: first column after them.
+
+    Returns:
+        The codes of these columns, int16, and what was added to their values.
+    """
+    block = hessian[start:stop, start:stop].contiguous()
+    codes, changes = descend_block_op(products[start:stop], values[start:stop], block, *steps, *levels)
+    values[start:stop] += changes
+    products.addmm_(hessian[:, start:stop], changes, alpha=-1)
+    return codes, changes
+
+
+def reference_descend_block(
+    products: Tensor,
+    current: Tensor,
+    hessian: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    low: int,
+    high: int,
+    values: Tensor | None,
+    thresholds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the codes of a block of columns, int16, and what they add to the values that it has.
+
+    Args:
+        products: ``P`` of these columns, float32 ``[count, out_features]``.
+        current: ``Q``, shaped so.
+        hessian: ``H`` of these columns, ``[count, count]``.
+        step: see :func:`lightning_qat.ops.gptq.reference_gptq_block`, as are the rest.
+        zero: see there.
+        low: see there.
+        high: see there.
+        values: see there.
+        thresholds: see there.
+    """
+    left = products.clone()
+    codes, changes = torch.empty_like(left, dtype=torch.int16), torch.empty_like(left)
+    for j in range(len(left)):
+        best, at_zero = current[j] + left[j] / hessian[j, j], None if zero is None else zero[j]
+        codes[j], rounded = nearest_level(best, step[j], at_zero, low, high, values, thresholds)
+        changes[j] = rounded - current[j]
+        left[j + 1 :] -= hessian[j, j + 1 :, None] * changes[j]
+    return codes, changes
+
+
+@torch.library.custom_op("lightning_qat::descend_block", mutates_args=())
+def descend_block_op(
+    products: Tensor,
+    current: Tensor,
+    hessian: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    low: int,
+    high: int,
+    values: Tensor | None,
+    thresholds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Unchecked; see :func:`reference_descend_block`."""
+    return reference_descend_block(products, current, hessian, step, zero, low, high, values, thresholds)
+
+
+@descend_block_op.register_fake
+def _(products: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(products, dtype=torch.int16), torch.empty_like(products)
+
+
+@descend_block_op.register_kernel("cpu")
+def descend_block_cpu(
+    products: Tensor,
+    current: Tensor,
+    hessian: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    low: int,
+    high: int,
+    values: Tensor | None,
+    thresholds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition up to the order of summation, as :func:`lightning_qat.ops.gptq_cpu.gptq_block_cpu`."""
+    if products.dtype != torch.float32 or not products.numel():
+        return reference_descend_block(products, current, hessian, step, zero, low, high, values, thresholds)
+    left, changes = products.clone(), torch.empty_like(products)
+    codes = torch.empty_like(products, dtype=torch.int16)
+    diagonal, lefts, currents, added = hessian.diagonal().tolist(), left.unbind(), current.unbind(), changes.unbind()
+    steps, chosen = step.unbind(), codes.unbind()
+    zeros = [None] * len(steps) if zero is None else zero.unbind()
+    best = torch.empty_like(left[0])
+
+    def choose(j: int) -> None:
+        torch.div(lefts[j], diagonal[j], out=best).add_(currents[j])
+        code, rounded = nearest_level(best, steps[j], zeros[j], low, high, values, thresholds)
+        chosen[j].copy_(code)
+        torch.sub(rounded, currents[j], out=added[j])
+
+    walk(left, changes, hessian, choose)
+    return codes, changes
