@@ -5,6 +5,7 @@ Bits are counted in the file that ``save_quantized`` writes, the SQNR is worked 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import dataclass
@@ -139,9 +140,14 @@ def test_what_is_said_of_other_layers() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "awq"])
-def test_what_is_not_built_raises(scheme: str) -> None:
-    with pytest.raises(ValueError, match=scheme):
-        lq.prepare(nn.Sequential(nn.Linear(64, 64)), lq.QATConfig(scheme, activation_bits=None))
+def test_chosen_codes_are_stored_and_computed_with_as_int4(scheme: str) -> None:
+    layer = nn.Linear(64, 32)
+    x, converted = torch.randn(3, 64), {}
+    for name in (scheme, "int4"):
+        config = lq.QATConfig(name, group_size=32, activation_bits=None)
+        converted[name] = lq.convert(lq.prepare(nn.Sequential(copy.deepcopy(layer)), config).eval())
+    assert torch.equal(converted[scheme](x), converted["int4"](x))
+    assert converted[scheme][0].execution == converted["int4"][0].execution
 
 
 def test_a_table_is_read() -> None:

@@ -7,9 +7,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_qat.config import BitsAndBytesConfig, QuantizationConfig
+from lightning_qat.config import BitsAndBytesConfig, QuantizationConfig, QuantizationScheme
 from lightning_qat.schemes.base import Scheme, get_scheme
 from lightning_qat.schemes.format import TensorFormat
+
+#: Integers whose codes are chosen for a weight by what its layer's inputs were.
+_CHOSEN_CODES = (QuantizationScheme.GPTQ, QuantizationScheme.AWQ)
 
 
 def weight_format(config: QuantizationConfig, shape: torch.Size, axis: int = 0, name: str = "") -> TensorFormat:
@@ -66,7 +69,7 @@ def input_format(config: QuantizationConfig, name: str = "") -> TensorFormat:
         ValueError: if the scheme is for weights only, or scales are asked for that inputs do not have.
     """
     scheme = get_scheme(config.scheme)
-    if not scheme.takes_inputs:
+    if not scheme.takes_inputs or config.scheme in _CHOSEN_CODES:
         raise ValueError(
             f"scheme={str(config.scheme)!r} is for weights (input of layer {name!r}); use 'int8' or 'dynamic', or no "
             "activation config for weight-only"

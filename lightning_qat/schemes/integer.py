@@ -15,9 +15,13 @@ from lightning_qat.schemes.base import Scheme, _register
 from lightning_qat.schemes.format import TensorFormat
 
 
-@_register("int8", "int4", "dynamic")
+@_register("int8", "int4", "dynamic", "gptq", "awq")
 class IntegerScheme(Scheme):
-    """``value = (code - zero_point) * scale`` on the grids of :func:`lightning_qat.ops.quant_range`."""
+    """``value = (code - zero_point) * scale`` on the grids of :func:`lightning_qat.ops.quant_range`.
+
+    ``"gptq"`` and ``"awq"`` are integers of 4 bits unless said otherwise, whose codes an algorithm of
+    :mod:`lightning_qat.ptq` may choose; where none does, every value gets its nearest code.
+    """
 
     changes_bits = True
     folds_norms = True

@@ -103,7 +103,10 @@ def test_the_model_itself_may_be_a_layer():
         (lq.QuantizationPlan([lq.LayerRule("block.*", "int8")]), r"match='block.\*' matches no layer.*'blocks\.\d'"),
         (lq.QuantizationPlan([lq.LayerRule(nn.Conv1d, "int8")]), "match=Conv1d matches no layer.*Conv2d"),
         (lq.QATConfig("int4", group_size=3), r"4 % 3 != 0 \(layer 'head'\)|9 % 3|group_size"),
-        (lq.QuantizationConfig("gptq"), "'gptq' has no implementation in this version"),
+        (
+            lq.QuantizationPlan([lq.LayerRule("head", "int8", lq.QuantizationConfig("gptq"))]),
+            r"'gptq' is for weights \(input of layer 'head'\)",
+        ),
         ("in8", "preset='in8' is not known; use one of: 'int8'"),
     ],
 )
