@@ -14,32 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.ops.gptq import Levels, Steps, nearest_level
+from lightning_qat.ops.gptq import nearest_level
 from lightning_qat.ops.gptq_cpu import walk
-
-
-def descend(
-    values: Tensor, products: Tensor, hessian: Tensor, steps: Steps, levels: Levels, *, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Round the columns ``start`` to ``stop`` again.
-
-    Args:
-        values: ``Q``, float32 ``[in_features, out_features]``; **changed**.
-        products: ``P``, shaped so; **changed**.
-        hessian: ``H``, float32 ``[in_features, in_features]``, symmetric with a positive diagonal.
-        steps: of these columns.
-        levels: see :class:`lightning_qat.ops.gptq.Levels`.
-        start: first column.
-        stop: first column after them.
-
-    Returns:
-        The codes of these columns, int16, and what was added to their values.
-    """
-    block = hessian[start:stop, start:stop].contiguous()
-    codes, changes = descend_block_op(products[start:stop], values[start:stop], block, *steps, *levels)
-    values[start:stop] += changes
-    products.addmm_(hessian[:, start:stop], changes, alpha=-1)
-    return codes, changes
 
 
 def reference_descend_block(

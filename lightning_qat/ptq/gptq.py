@@ -1,0 +1,296 @@
+"""GPTQ: codes of one weight matrix that make the error of its layer's outputs small.
+
+:func:`choose_gptq` is what the engine calls. With ``GPTQOptions.published()`` it does what the paper's authors published
+(Frantar et al. 2023); by default scales are searched for and codes and scales refined besides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.ops.gptq import Steps, gptq_columns, inverse_factor
+from lightning_qat.ptq.chosen import ChosenCodes, output_error
+from lightning_qat.ptq.column_grid import (
+    ColumnGrid,
+    check_target,
+    codes_of_levels,
+    column_grid,
+    part_columns,
+)
+from lightning_qat.ptq.refinement import refine
+from lightning_qat.ptq.scale_search import search_scales
+from lightning_qat.schemes import TensorFormat, get_scheme, scale_shape
+from lightning_qat.schemes.finite import check_finite
+from lightning_qat.validation import check_bool, check_choice, check_int
+
+#: What errors are weighted with in the search for scales.
+SCALE_SEARCHES = ("none", "mse", "gram")
+
+#: The first damping that is tried after 0.0, and what it grows by until the factor is found; the last one tried.
+_FIRST_DAMPING, _GROWTH, _MOST_DAMPING = 1e-4, 2.0, 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQOptions:
+    """How codes are chosen.
+
+    Args:
+        damping: share of the mean of the Gram matrix's diagonal that is added to it; doubled until it can be inverted.
+        activation_order: begin with the columns whose inputs are largest.
+        static_groups: find all scales before the first column is rounded. Otherwise each group's are found when it is
+            reached, of the weights as they are by then, which needs ``activation_order=False``.
+        block_size: columns that are rounded before all others follow.
+        scale_search: ``"none"`` takes the scales of the extremes; ``"mse"`` those of least squared error of the
+            weights, ``"gram"`` of the weights weighted by the power of their inputs.
+        sweeps: passes of coordinate descent over the codes that follow, each of which makes the loss smaller.
+        refit_scales: fit the scales to the codes in each of these.
+    """
+
+    damping: float = 0.01
+    activation_order: bool = True
+    static_groups: bool = True
+    block_size: int = 128
+    scale_search: str = "gram"
+    sweeps: int = 3
+    refit_scales: bool = True
+
+    def __post_init__(self) -> None:
+        damping = self.damping
+        if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping <= 1:
+            raise ValueError(f"damping={damping!r} is not allowed; use a number in [0, 1], such as 0.01")
+        for name in ("activation_order", "static_groups", "refit_scales"):
+            check_bool(name, getattr(self, name))
+        check_int("block_size", self.block_size, 1)
+        check_int("sweeps", self.sweeps, 0)
+        check_choice("scale_search", self.scale_search, SCALE_SEARCHES)
+        if self.activation_order and not self.static_groups:
+            raise ValueError(
+                "static_groups=False is not allowed with activation_order=True, whose groups would be of columns that "
+                "do not lie together; use one of them"
+            )
+
+    @classmethod
+    def published(cls, **changes: Any) -> GPTQOptions:
+        """Return the algorithm as it was published: scales of the extremes, nothing refined."""
+        return cls(**{"scale_search": "none", "sweeps": 0, **changes})
+
+
+@torch.no_grad()
+def choose_gptq(
+    weight: Tensor,
+    gram: Tensor,
+    fmt: TensorFormat,
+    options: GPTQOptions | None = None,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> ChosenCodes:
+    """Return codes for ``weight`` whose outputs are off by little; never by more than with the nearest codes.
+
+    Where the Gram matrix cannot be used, because it is not finite or cannot be inverted with any damping, each weight
+    gets its nearest code; ``notes`` of the result say so.
+
+    Args:
+        weight: floating point, ``[out_features, in_features]``.
+        gram: ``[in_features, in_features]``, the sum of ``x x^T`` over inputs ``x``, or any positive multiple.
+        fmt: integers of 2 to 8 bits or a codebook; scales of a tensor, of rows, groups or blocks.
+        options: None is ``GPTQOptions()``.
+        scale: given, as learned by QAT, it is kept; shaped as ``scale_shape(weight.shape, fmt)``.
+        zero_point: of this ``scale``.
+
+    Raises:
+        ValueError: if a shape or the format does not fit, or ``weight`` holds NaN or inf.
+    """
+    options = options or GPTQOptions()
+    _check(weight, gram, fmt, scale)
+    weight, gram = weight.detach().to(torch.float32), gram.detach().to(weight.device, torch.float32)
+    scheme = get_scheme(fmt.scheme)
+    extremes = scheme.parameters_of(weight, fmt)
+    nearest = _nearest(weight, gram, fmt, *extremes)
+    given = None
+    if scale is not None:
+        zero = extremes[1].new_zeros(scale.shape) if zero_point is None else zero_point
+        given = (scale.detach().to(torch.float32), zero.detach().to(torch.int32))
+        nearest = replace(_nearest(weight, gram, fmt, *given), nearest_loss=nearest.loss)
+    solved, notes = _solve(gram, options)
+    if solved is None:
+        return replace(nearest, notes=notes)
+    chosen = _choose(weight, solved, fmt, options, given)
+    codes, loss = _settled(weight, gram, fmt, chosen)
+    if not loss <= nearest.loss:
+        notes += (f"rounding to nearest loses less, {nearest.loss:.6g} instead of {loss:.6g}, and was taken",)
+        return replace(nearest, damping=solved.damping, notes=notes)
+    kept = None if fmt.symmetric else chosen.zero_point
+    return ChosenCodes(codes, chosen.scale, kept, fmt, loss, nearest.nearest_loss, solved.damping, notes)
+
+
+def _check(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor | None) -> None:
+    check_target(fmt)
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; use floating point [out_features, in_features]"
+        )
+    size = weight.shape[1]
+    if gram.shape != (size, size):
+        raise ValueError(f"gram has shape {tuple(gram.shape)}; a weight of {size} input features takes {(size, size)}")
+    if fmt.group_size is not None and size % fmt.group_size:
+        raise ValueError(f"group_size must divide in_features: {size} % {fmt.group_size} != 0")
+    check_finite(weight)
+    if scale is None:
+        return
+    if scale.shape != scale_shape(weight.shape, fmt):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; {fmt} takes {scale_shape(weight.shape, fmt)}")
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()) and fmt.block_size is None:
+        raise ValueError("scale holds a value that is not positive and finite; give the scales that QAT learned")
+
+
+def _nearest(
+    weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None
+) -> ChosenCodes:
+    scheme = get_scheme(fmt.scheme)
+    codes = scheme.quantize(weight, scale, zero_point, fmt)
+    values = scheme.dequantize(codes, scheme.effective_scale(scale, fmt), zero_point, fmt, torch.float32)
+    loss = output_error(weight, values, gram)
+    return ChosenCodes(codes, scale, None if fmt.symmetric else zero_point, fmt, loss, loss)
+
+
+# --- the matrix to be solved ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """The Gram matrix with what was added, and the upper factor of its inverse with columns in ``order``."""
+
+    hessian: Tensor
+    factor: Tensor
+    order: Tensor
+    damping: float
+
+
+def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[str, ...]]:
+    """Return the factor found with the least damping of the ladder, and notes of what was done about the matrix."""
+    power = gram.diagonal()
+    if not bool(torch.isfinite(gram).all()) or bool((power < 0).any()):
+        return None, ("the Gram matrix holds NaN, infinity or a negative power: weights were rounded to nearest",)
+    dead = power == 0
+    notes: tuple[str, ...] = ()
+    if bool(dead.any()):
+        notes = (f"{int(dead.sum())} of {len(power)} input features were always 0: their weights are rounded to nearest",)
+    # In units of the mean power nothing of this under- or overflows.
+    hessian = gram.to(torch.float64).div_(power.to(torch.float64).mean().clamp_min(torch.finfo(torch.float64).tiny))
+    hessian.diagonal().masked_fill_(dead, 1.0)
+    order = torch.argsort(power, descending=True, stable=True) if options.activation_order else None
+    ordered = hessian if order is None else hessian[order][:, order]
+    order = torch.arange(len(power), device=gram.device) if order is None else order
+    plain, damping = ordered.diagonal().clone(), options.damping
+    while True:
+        ordered.diagonal().copy_(plain + damping)
+        factor = inverse_factor(ordered)
+        if factor is not None:
+            hessian.diagonal().copy_(ordered.diagonal()[torch.argsort(order)])
+            if damping != options.damping:
+                notes += (f"damping was raised from {options.damping:g} to {damping:g}",)
+            return _Solved(hessian.to(torch.float32), factor, order, damping), notes
+        damping = max(damping * _GROWTH, _FIRST_DAMPING)
+        if damping > _MOST_DAMPING:
+            return None, (*notes, "the Gram matrix has no inverse with any damping: weights were rounded to nearest")
+
+
+# --- the codes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """What GPTQ chose: codes of the ops, transposed, and the scales they stand on, as the scheme's."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+def _choose(
+    weight: Tensor, solved: _Solved, fmt: TensorFormat, options: GPTQOptions, given: tuple[Tensor, Tensor] | None
+) -> _Chosen:
+    scale, zero = given if given is not None else _scales_of(weight, fmt, options, solved.hessian.diagonal())
+    grid = column_grid(fmt, weight.shape, scale, zero)
+    columns = weight[:, solved.order].t().contiguous()
+    width = part_columns(fmt, weight.shape)
+    found = given is None and not options.static_groups and width is not None and width < weight.shape[1]
+    walk = _GroupsWhenReached(grid, fmt, options, solved, int(width or 0), zero) if found else None
+
+    def steps_of(start: int, stop: int, left: Tensor) -> Steps:
+        if walk is not None:
+            walk.reach(start, stop, left)
+        return grid.of(solved.order[start:stop])
+
+    codes = torch.empty_like(columns, dtype=torch.int16)
+    codes[solved.order] = gptq_columns(columns, solved.factor, steps_of, grid.levels, options.block_size)
+    if walk is not None:
+        scale, zero = walk.scale, walk.zero_point
+    if options.sweeps:
+        refits = given is None and options.refit_scales and not fmt.nested
+        codes, refined = refine(
+            weight.t().contiguous(), codes, solved.hessian, grid, sweeps=options.sweeps,
+            width=width if refits else None, shared_by_rows=not scale.dim(), block_size=options.block_size,
+        )  # fmt: skip
+        if refits and width is not None:
+            scale = _scale_of(refined, scale)
+    return _Chosen(codes, scale, zero)
+
+
+def _scales_of(weight: Tensor, fmt: TensorFormat, options: GPTQOptions, power: Tensor) -> tuple[Tensor, Tensor]:
+    if options.scale_search == "none":
+        return get_scheme(fmt.scheme).parameters_of(weight, fmt)
+    return search_scales(weight, fmt, power if options.scale_search == "gram" else torch.ones_like(power))
+
+
+def _scale_of(grid: ColumnGrid, like: Tensor) -> Tensor:
+    """Return the steps of a grid in the shape that the scheme has them."""
+    return (grid.step[0, 0] if not like.dim() else grid.step.t()).reshape(like.shape).clone()
+
+
+class _GroupsWhenReached:
+    """Gives each group its scales once it is reached, of the weights as the columns before have changed them."""
+
+    def __init__(
+        self, grid: ColumnGrid, fmt: TensorFormat, options: GPTQOptions, solved: _Solved, width: int, zero: Tensor
+    ) -> None:
+        self.grid, self.fmt, self.options, self.width = grid, fmt, options, width
+        self.power = solved.hessian.diagonal()
+        parts, rows = grid.step.shape
+        self._zero = torch.zeros((parts, rows), dtype=torch.int32, device=grid.step.device)
+        self._shape = zero.shape
+
+    def reach(self, start: int, stop: int, columns: Tensor) -> None:
+        for first in range(-(-start // self.width) * self.width, stop, self.width):
+            here = slice(first, first + self.width)
+            scale, zero = _scales_of(columns[here].t().contiguous(), self.fmt, self.options, self.power[here])
+            part = first // self.width
+            self.grid.step[part] = scale.reshape(-1)
+            self._zero[part] = zero.reshape(-1)
+            if self.grid.zero is not None:
+                self.grid.zero[part] = zero.reshape(-1).to(torch.float32)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.grid.step.t().reshape(self._shape).clone()
+
+    @property
+    def zero_point(self) -> Tensor:
+        return self._zero.t().reshape(self._shape).clone()
+
+
+def _settled(weight: Tensor, gram: Tensor, fmt: TensorFormat, chosen: _Chosen) -> tuple[Tensor, float]:
+    """Return the codes of the format and their loss."""
+    scheme = get_scheme(fmt.scheme)
+    codes = codes_of_levels(chosen.codes.t(), fmt)
+    scale = scheme.effective_scale(chosen.scale, fmt)
+    values = scheme.dequantize(codes, scale, chosen.zero_point, fmt, torch.float32)
+    if scheme.block_size is not None:
+        # Of several codes with one value the one that this value has, and of nested scales what is stored.
+        codes = scheme.quantize(values, chosen.scale, chosen.zero_point, fmt)
+        values = scheme.dequantize(codes, scale, chosen.zero_point, fmt, torch.float32)
+    return codes, output_error(weight, values, gram)
