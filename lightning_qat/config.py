@@ -193,7 +193,7 @@ class QATConfig:
 
     Args:
         scheme: number format of the weights.
-        bits: of the weights; left out, the scheme's own.
+        bits: of the weights; left out or None, the scheme's own.
         symmetric: symmetric weights.
         per_channel: one weight scale for each output channel.
         start_step: from here on the forward is fake-quantized; before, ranges are only observed.
@@ -214,7 +214,7 @@ class QATConfig:
 
     scheme: str = "int8"
     _: KW_ONLY
-    bits: int = _DEFAULT_BITS
+    bits: int | None = _DEFAULT_BITS
     symmetric: bool = True
     per_channel: bool = False
     start_step: Step = 0
@@ -235,7 +235,7 @@ class QATConfig:
         given = None if isinstance(self.bits, _Unset) else self.bits
         weight = QuantizationConfig(self.scheme, bits=given)
         object.__setattr__(self, "scheme", weight.scheme)
-        if not isinstance(self.bits, _Unset) or weight.bits != self.bits:
+        if given is not None or weight.bits != self.bits:
             object.__setattr__(self, "bits", weight.bits)
         if weight.dynamic:
             raise ValueError("scheme='dynamic' describes activations; use scheme='int8', activation_dynamic=True")
@@ -261,7 +261,7 @@ class QATConfig:
         """Return what a weight of the model gets."""
         return QuantizationConfig(
             self.scheme,
-            bits=int(self.bits),
+            bits=self.bits,
             symmetric=self.symmetric,
             per_channel=self.per_channel,
             group_size=self.group_size,

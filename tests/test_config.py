@@ -237,3 +237,9 @@ def test_resolve_plan() -> None:
     assert base.per_channel
     with pytest.raises(ValueError, match="plan=8"):
         resolve_plan(8)  # type: ignore[arg-type]
+
+
+def test_no_bits_are_the_schemes_own():
+    for scheme, bits in (("int8", 8), ("int4", 4), ("nf4", 4), ("dynamic_tree", 8)):
+        assert QATConfig(scheme, bits=None) == QATConfig(scheme)
+        assert QATConfig(scheme, bits=None).bits == bits

@@ -87,6 +87,23 @@ def test_lightning_cli(tmp_path, name):
     assert converted.conv.weight_format.bits == 4
 
 
+def test_lightning_cli_with_a_scheme_of_its_own_bits(tmp_path):
+    """YAML writes every default, so it says ``bits: null`` for a scheme whose bits are not eight."""
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse[signatures]")
+    from lightning.pytorch.cli import LightningCLI
+
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "trainer:\n  logger: false\n  callbacks:\n    - class_path: lightning_qat.QuantizationAwareTraining\n"
+        "      init_args:\n        config:\n          class_path: lightning_qat.QATConfig\n"
+        "          init_args: {scheme: nf4, bits: null, activation_bits: null}\n"
+    )
+    cli = LightningCLI(Classifier, run=False, args=["--config", str(path)], save_config_callback=None)
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, lq.QuantizationAwareTraining)]
+    assert callback.config == lq.QATConfig("nf4", activation_bits=None)
+    assert callback.config.bits == 4
+
+
 def test_fabric(tmp_path):
     """The example of the README: prepare and calibrate before ``setup``, convert the module afterwards."""
     fabric = Fabric(accelerator="cpu", devices=1)
