@@ -55,6 +55,11 @@ class BatchRange:
         low, high = observer.batch_extremes(x)
         if not observer.follows_training:
             observer.update(x)
+        self.widen(low, high)
+
+    @torch.no_grad()
+    def widen(self, low: Tensor, high: Tensor) -> None:
+        """Take the extremes of an input in."""
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
         self.used = True

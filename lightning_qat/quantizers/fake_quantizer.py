@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.config import QuantizationConfig
+from lightning_qat.ops.fake_quantize import quant_range
+from lightning_qat.ops.observe import ONE_PASS_DEVICES, observe_fake_quantize_through
 from lightning_qat.quantizers.batch_range import BatchRange
 from lightning_qat.quantizers.debug import callback_of_environment, tell
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
@@ -215,6 +217,8 @@ class ActivationQuantizer(FakeQuantizer):
         #: Ranges are learned after each batch and hold for the next, see ``transforms/ranges.py``.
         self.deferred = False
         self.batch_range = BatchRange(self.scale.device)
+        #: The extremes of the input are still to be found, by the pass that fake-quantizes it.
+        self._unseen = False
         #: What calibration may look at; None is everything.
         self.most_samples = config.calibration_samples
         self._samples = 0
@@ -312,7 +316,8 @@ class ActivationQuantizer(FakeQuantizer):
 
     def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
         fmt, fresh = self._format, None
-        if self._observes_now():
+        self._unseen = self._observes_now() and self._sees_while_quantizing(x)
+        if self._observes_now() and not self._unseen:
             seen, observer = self._within_samples(x), self.observer
             if self.deferred and seen.numel():
                 self.batch_range.collect(seen, observer)  # type: ignore[arg-type]
@@ -336,6 +341,32 @@ class ActivationQuantizer(FakeQuantizer):
         if fmt.dynamic and x.numel():
             scale, zero_point, fmt = dynamic_parameters(x, fmt, self.spatial_dims)
         return *self._unchanging(scale, zero_point), fmt
+
+    def _sees_while_quantizing(self, x: Tensor) -> bool:
+        """Whether one pass can both find the extremes of ``x``, for the next batch, and fake-quantize it."""
+        if x.device.type not in ONE_PASS_DEVICES or not self.deferred or not self.calibrated or self.calibrating:
+            return False
+        if not self.quantizing or self.learned is not None or not x.numel() or torch.compiler.is_compiling():
+            return False
+        return type(self.scheme) is IntegerScheme and bool(self.observer and self.observer.follows_training)
+
+    def fake_quantize(self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat]) -> Tensor:
+        if self._unseen:
+            self._unseen = False
+            self.batch_range.collect(x, self.observer)  # type: ignore[arg-type]
+        return super().fake_quantize(x, parameters)
+
+    def fake_quantize_through(
+        self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat], made: list[Tensor], *, covered: bool = False
+    ) -> Tensor:
+        if not self._unseen:
+            return super().fake_quantize_through(x, parameters, made, covered=covered)
+        self._unseen = False
+        scale, zero_point, fmt = parameters
+        zero = None if fmt.symmetric else zero_point
+        values, low, high = observe_fake_quantize_through(x, scale, zero, *quant_range(fmt.bits, fmt.symmetric))
+        self.batch_range.widen(low, high)
+        return values
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the integer codes of ``x`` with the calibrated range."""
