@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -41,6 +44,32 @@ def sqnr(original: Any, quantized: Any) -> Tensor:
     original, quantized = _pair(original, quantized)
     signal, noise = _energies(original, quantized)
     return _decibel(signal, noise)
+
+
+@torch.no_grad()
+def perplexity(model: Callable[[Tensor], Any], windows: Tensor, *, batch_size: int = 1) -> float:
+    """Return the perplexity of a causal language model: ``exp`` of the mean loss of each token given those before it.
+
+    The losses are summed in float64. The first token of a window is not predicted.
+
+    Args:
+        model: ids ``[batch, length]`` to logits ``[batch, length, vocabulary]``, or to an object with ``logits``.
+        windows: token ids, ``[windows, length]``, int64.
+        batch_size: windows at a time.
+
+    Raises:
+        ValueError: there is no token to predict.
+    """
+    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(f"windows has shape {tuple(windows.shape)}; use [windows, length], with a length of 2 or more")
+    total = 0.0
+    for batch in windows.split(batch_size):
+        output = model(batch)
+        logits = output if isinstance(output, Tensor) else output.logits
+        targets = batch[:, 1:].reshape(-1).to(logits.device)
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="none")
+        total += float(losses.double().sum())
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
 class SQNR(Metric):
@@ -127,6 +156,39 @@ class Agreement(Metric):
     def compute(self) -> Tensor:
         """Return the share, from 0 to 1."""
         return self.same / self.count
+
+
+class Cosine(Metric):
+    """Mean cosine between the vectors of two sets of embeddings, such as of a float and a quantized encoder.
+
+    Args:
+        dim: the dimension of a vector's features.
+        **options: of :class:`torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, *, dim: int = -1, **options: Any) -> None:
+        super().__init__(**options)
+        self.dim = dim
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, original: Any, quantized: Any) -> None:
+        """Add the embeddings of a batch; the two have the same shape."""
+        original, quantized = _pair(original, quantized)
+        cosines = F.cosine_similarity(original.double(), quantized.double(), dim=self.dim)
+        self.total += cosines.sum()
+        self.count += cosines.numel()
+
+    def compute(self) -> Tensor:
+        """Return the mean, from -1 to 1."""
+        return self.total / self.count
 
 
 def _values(field_name: str, value: Any) -> Tensor:

@@ -47,8 +47,9 @@ THIRD_PARTY = {
     "metrics": {"torch", "torchmetrics"},
     "tracking": {"lightning", "wandb"},
     "report": {"matplotlib", "jinja2", "rich"},
-    "tasks": {"torch", "lightning", "torchmetrics"},
-    "data": {"torch", "lightning", "torchmetrics", "numpy", "sklearn"},
+    # Real models and data come inside packages, which are imported lazily, or only looked for.
+    "tasks": {"torch", "lightning", "torchmetrics", "numpy", "transformers", "tokenizers"},
+    "data": {"torch", "lightning", "torchmetrics", "numpy", "sklearn", "tokenizers", "PIL"},
     # Recipes write the float weights that the quantized model is compared with, hence torch and safetensors.
     # The benchmark measures the peers that are installed.
     "recipes": {"torch", "safetensors", "hydra", "omegaconf", "lightning", "rich", *PEERS},

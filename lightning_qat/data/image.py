@@ -59,7 +59,7 @@ class _BatchedImages(Dataset[Batch]):
         return images, part.labels
 
 
-class _EpochOrder(Sampler[int]):
+class EpochOrder(Sampler[int]):
     """A shuffled order that is a pure function of the seed and the epoch, so a resumed run sees the same one."""
 
     def __init__(self, length: int, seed: int) -> None:
@@ -165,7 +165,7 @@ class ImageDataModule(L.LightningDataModule):
         return DataLoader(
             images,
             batch_size=self.batch_size,
-            sampler=_EpochOrder(len(images), torch.initial_seed()) if shuffle else None,
+            sampler=EpochOrder(len(images), torch.initial_seed()) if shuffle else None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=_as_fetched,

