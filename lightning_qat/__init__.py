@@ -32,7 +32,7 @@ from lightning_qat.nn import (
     fold_bn_into_conv,
 )
 from lightning_qat.ops.fake_quantize import fake_quantize
-from lightning_qat.ptq import quantize_model
+from lightning_qat.ptq import GPTQOptions, GPTQQuantizer, quantize_model
 from lightning_qat.quantizers.debug import QuantizationEvent, debug_quantizers
 from lightning_qat.quantizers.observers import (
     HistogramObserver,
@@ -79,6 +79,7 @@ if TYPE_CHECKING:
         FreezeQuantization,
         LearnedScales,
         ObserverCalibration,
+        PlateauBitReduction,
         ProgressiveBitReduction,
         QuantizationAwareTraining,
         QuantizationGap,
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
         QuantizationPenalty,
         QuantizedModelCheckpoint,
         SelfDistillation,
+        SensitivityBitReduction,
         WeightOscillation,
     )
     from lightning_qat.formats.bitsandbytes import (
@@ -107,6 +109,7 @@ _LAZY = {
     "FreezeQuantization": "callbacks",
     "LearnedScales": "callbacks",
     "ObserverCalibration": "callbacks",
+    "PlateauBitReduction": "callbacks",
     "ProgressiveBitReduction": "callbacks",
     "QuantizationAwareTraining": "callbacks",
     "QuantizationGap": "callbacks",
@@ -114,6 +117,7 @@ _LAZY = {
     "QuantizationPenalty": "callbacks",
     "QuantizedModelCheckpoint": "callbacks",
     "SelfDistillation": "callbacks",
+    "SensitivityBitReduction": "callbacks",
     "WeightOscillation": "callbacks",
     "dequantize_bitsandbytes": "formats.bitsandbytes",
     "from_bitsandbytes_format": "formats.bitsandbytes",
@@ -137,6 +141,8 @@ __all__ = [
     "BitsAndBytesConfig",
     "DelayedQATStart",
     "FreezeQuantization",
+    "GPTQOptions",
+    "GPTQQuantizer",
     "HistogramObserver",
     "LayerRule",
     "LayerStatistics",
@@ -151,6 +157,7 @@ __all__ = [
     "ParityReport",
     "PercentileObserver",
     "Phase",
+    "PlateauBitReduction",
     "ProgressiveBitReduction",
     "QATConfig",
     "QATConv1d",
@@ -182,6 +189,7 @@ __all__ = [
     "Quantizer",
     "Scheme",
     "SelfDistillation",
+    "SensitivityBitReduction",
     "WeightOscillation",
     "apply_phase",
     "calibrate",

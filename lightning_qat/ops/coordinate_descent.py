@@ -1,8 +1,8 @@
 """Better codes for a weight that has some: each column is rounded again, given all others.
 
-The loss ``tr((W - Q) H (W - Q)^T)`` is a quadratic of each element of ``Q`` with all others fixed, least at ``q_j +
-P_j / H_jj`` with the products ``P = H (W - Q)^T``. The nearest value of the grid is thus the best one, and no step makes
-the loss larger. Tensors are transposed as in :mod:`lightning_qat.ops.gptq`.
+The loss ``tr((W - Q) H (W - Q)^T)`` is a quadratic of each element of ``Q`` with all others fixed, least at
+``q_j + P_j / H_jj`` with the products ``P = H (W - Q)^T``. The nearest value of the grid is thus the best one, and no
+step makes the loss larger. Tensors are transposed as in :mod:`lightning_qat.ops.gptq`.
 
 Source: Behdin et al. 2023 (QuantEase).
 """

@@ -43,8 +43,8 @@ def check_target(fmt: TensorFormat) -> None:
     scheme = get_scheme(fmt.scheme)
     if type(scheme) is not IntegerScheme and not isinstance(scheme, CodebookScheme):
         raise ValueError(
-            f"scheme={fmt.scheme!r} is no grid that GPTQ chooses codes for; use 'gptq', 'int4', 'int8', 'nf4' or 'fp4', "
-            "or round to nearest"
+            f"scheme={fmt.scheme!r} is no grid that GPTQ chooses codes for; use 'gptq', 'int4', 'int8', 'nf4' or "
+            "'fp4', or round to nearest"
         )
     if not FEWEST_BITS <= fmt.bits <= MOST_BITS:
         raise ValueError(f"bits={fmt.bits} is not allowed with GPTQ; use {FEWEST_BITS} to {MOST_BITS}")

@@ -1,7 +1,7 @@
 """GPTQ: codes of one weight matrix that make the error of its layer's outputs small.
 
-:func:`choose_gptq` is what the engine calls. With ``GPTQOptions.published()`` it does what the paper's authors published
-(Frantar et al. 2023); by default scales are searched for and codes and scales refined besides.
+:func:`choose_gptq` is what the engine calls. ``GPTQOptions.published()`` is what the paper's authors published (Frantar
+et al. 2023); by default scales are searched for, and codes and scales refined besides.
 """
 
 from __future__ import annotations
@@ -147,9 +147,7 @@ def _check(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor | None
         raise ValueError("scale holds a value that is not positive and finite; give the scales that QAT learned")
 
 
-def _nearest(
-    weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None
-) -> ChosenCodes:
+def _nearest(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> ChosenCodes:
     scheme = get_scheme(fmt.scheme)
     codes = scheme.quantize(weight, scale, zero_point, fmt)
     values = scheme.dequantize(codes, scheme.effective_scale(scale, fmt), zero_point, fmt, torch.float32)
@@ -178,7 +176,7 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
     dead = power == 0
     notes: tuple[str, ...] = ()
     if bool(dead.any()):
-        notes = (f"{int(dead.sum())} of {len(power)} input features were always 0: their weights are rounded to nearest",)
+        notes = (f"{int(dead.sum())} of {len(power)} input features were always 0: weights rounded to nearest",)
     # In units of the mean power nothing of this under- or overflows.
     hessian = gram.to(torch.float64).div_(power.to(torch.float64).mean().clamp_min(torch.finfo(torch.float64).tiny))
     hessian.diagonal().masked_fill_(dead, 1.0)
