@@ -133,6 +133,26 @@ def accumulating(folder, world, rank):
     return fit(folder, world, rank, Plain(), int8(), accumulate_grad_batches=2)[0]
 
 
+class Deciding(Plain):
+    """Logs a metric that no two ranks agree on, and NaN on one of them alone."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        step, rank = self.trainer.global_step, self.trainer.global_rank
+        self.log("mine", float("nan") if step == 5 and rank == 1 else 1.0 + rank * (step % 2))
+        return loss
+
+
+def deciding(folder, world, rank):
+    options = {"every_n_steps": 2, "patience": 1, "recovery": 1, "layers_at_once": 1}
+    gated = lq.PlateauBitReduction([8, 4], "mine", **options)
+    result, _ = fit(folder, world, rank, Deciding(), [*int8(), gated])
+    ordered = lq.SensitivityBitReduction([8, 4, 2], start_step=1, end_step=5)
+    more, _ = fit(folder, world, rank, Plain(), [*int8(), ordered])
+    return {"gated": result, "ordered": more, "orders": [gated.orders, ordered.orders], "stage": gated.stage,
+            "rolled_back": gated._rolled_back}  # fmt: skip
+
+
 def branches(folder, world, rank):
     strategy = DDPStrategy(find_unused_parameters=True)
     return fit(folder, world, rank, Branches(), int8(), strategy)[0]
@@ -183,7 +203,7 @@ def other_layers(folder, world, rank):
             ((name, layer.input_quantizer) for name, layer in qat_layers(model))}  # fmt: skip
 
 
-SCENARIOS = (ddp, uncalibrated, accumulating, branches, fsdp, calibration, other_layers)
+SCENARIOS = (ddp, uncalibrated, accumulating, deciding, branches, fsdp, calibration, other_layers)
 
 
 def run_two(folder):

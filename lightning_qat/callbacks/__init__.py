@@ -7,6 +7,7 @@ from lightning_qat.callbacks.delayed_qat_start import DelayedQATStart
 from lightning_qat.callbacks.freeze_quantization import FreezeQuantization
 from lightning_qat.callbacks.learned_scales import LearnedScales
 from lightning_qat.callbacks.observer_calibration import ObserverCalibration
+from lightning_qat.callbacks.plateau_bit_reduction import PlateauBitReduction
 from lightning_qat.callbacks.progressive_bit_reduction import ProgressiveBitReduction
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.quantization_gap import QuantizationGap
@@ -14,6 +15,7 @@ from lightning_qat.callbacks.quantization_monitor import QuantizationMonitor
 from lightning_qat.callbacks.quantization_penalty import QuantizationPenalty
 from lightning_qat.callbacks.quantized_model_checkpoint import QuantizedModelCheckpoint
 from lightning_qat.callbacks.self_distillation import SelfDistillation
+from lightning_qat.callbacks.sensitivity_bit_reduction import SensitivityBitReduction
 from lightning_qat.callbacks.weight_oscillation import WeightOscillation
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "FreezeQuantization",
     "LearnedScales",
     "ObserverCalibration",
+    "PlateauBitReduction",
     "ProgressiveBitReduction",
     "QuantizationAwareTraining",
     "QuantizationCallback",
@@ -30,6 +33,7 @@ __all__ = [
     "QuantizationPenalty",
     "QuantizedModelCheckpoint",
     "SelfDistillation",
+    "SensitivityBitReduction",
     "WeightOscillation",
     "active_schedule",
 ]

@@ -69,6 +69,18 @@ class QuantizationCallback(pl.Callback):
         """Return ``schedule`` with this callback's own aspect set."""
         return schedule
 
+    def refine(self, phase: Phase) -> Phase:
+        """Return ``phase`` with what this callback decided while the run went on, a function of its saved state."""
+        return phase
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return ``(when, what)`` of what :meth:`refine` may do, for :meth:`explain`."""
+        return []
+
+    def has_final_bits(self) -> bool:
+        """Return whether :meth:`refine` will change no bits any more."""
+        return True
+
     def plan(self) -> PlanLike | None:
         """Return the plan that this callback asks for, or None."""
         return None
@@ -271,6 +283,8 @@ class QuantizationCallback(pl.Callback):
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._schedule is not None and self._leads(trainer):
             phase = self._schedule.phase(trainer.global_step)
+            for peer in self._peers(trainer):
+                phase = peer.refine(phase)
             averaged = averaged_for_good(trainer)
             if averaged:  # BatchNorm was reset and learns the statistics of the averaged weights
                 phase = replace(phase, frozen_norm=False)
@@ -334,7 +348,7 @@ class QuantizationCallback(pl.Callback):
         peers = [self] if trainer is None else self._peers(trainer)
         leader = next((peer for peer in peers if peer._schedule is not None), None)
         schedule = (leader and leader._schedule) or self._combined(peers)
-        rows = schedule.explain()
+        rows = schedule.explain() + [row for peer in peers for row in peer.remarks()]
         width = max(len(when) for when, _ in rows)
         lines = ["Quantization schedule", *(f"  {when:<{width}}  {what}" for when, what in rows)]
         if schedule.fold_norm:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_qat.callbacks.active_schedule import active_schedule
+from lightning_qat.callbacks.base import QuantizationCallback
 from lightning_qat.callbacks.both_lightnings import serve_both
 
 
@@ -61,7 +62,10 @@ class QuantizedModelCheckpoint(ModelCheckpoint):
         schedule = active_schedule(trainer)
         if schedule is None or not schedule.phase(trainer.global_step).quantizing:
             return False
-        return not self.final_bits_only or schedule.has_final_bits(trainer.global_step)
+        if not self.final_bits_only:
+            return True
+        peers = [c for c in trainer.callbacks if isinstance(c, QuantizationCallback)]  # type: ignore[attr-defined]
+        return schedule.has_final_bits(trainer.global_step) and all(peer.has_final_bits() for peer in peers)
 
     def _is_uncounted(self, trainer: pl.Trainer) -> bool:
         """Return whether the monitored value is still the one of a validation that did not count."""

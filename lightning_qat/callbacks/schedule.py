@@ -14,6 +14,21 @@ from lightning_qat.transforms.phase import Phase
 BitSchedule = tuple[tuple[Step, int], ...]
 
 
+def resolve_step(name: str, step: Step, total_steps: float, steps_per_epoch: float | Callable[[float], float]) -> int:
+    """Return ``step`` in optimizer steps, see :meth:`Schedule.resolve`."""
+    epochs = epochs_of(step)
+    if isinstance(step, int):
+        return step
+    if epochs is None:
+        reached = float(step) * total_steps
+    else:
+        reached = steps_per_epoch(epochs) if callable(steps_per_epoch) else epochs * steps_per_epoch
+    if not math.isfinite(reached):
+        known = "max_steps or max_epochs" if epochs is None else "limit_train_batches, or a loader with a length"
+        raise ValueError(f"{name}={step!r} needs the length of the run; give the Trainer {known}, or a step")
+    return round(reached)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """What the quantization callbacks of a Trainer agree on.
@@ -52,19 +67,7 @@ class Schedule:
         """
 
         def steps(name: str, step: Step) -> int:
-            epochs = epochs_of(step)
-            if isinstance(step, int):
-                return step
-            if epochs is None:
-                reached = float(step) * total_steps
-            else:
-                reached = steps_per_epoch(epochs) if callable(steps_per_epoch) else epochs * steps_per_epoch
-            if not math.isfinite(reached):
-                known = (
-                    "max_steps or max_epochs" if epochs is None else "limit_train_batches, or a loader with a length"
-                )
-                raise ValueError(f"{name}={step!r} needs the length of the run; give the Trainer {known}, or a step")
-            return round(reached)
+            return resolve_step(name, step, total_steps, steps_per_epoch)
 
         def bits(name: str, entries: BitSchedule) -> BitSchedule:
             return tuple(sorted((steps(name, step), value) for step, value in entries))
@@ -132,10 +135,11 @@ class Schedule:
             rows.append((self.freeze_norm, "BatchNorm statistics stand still"))
         if all(isinstance(step, int) for step, _ in rows):
             rows.sort(key=lambda row: row[0])
-        return [(_when(step), what) for step, what in rows]
+        return [(when(step), what) for step, what in rows]
 
 
-def _when(step: Step) -> str:
+def when(step: Step) -> str:
+    """Return ``step`` in words."""
     if isinstance(step, int):
         return f"step {step}"
     return f"{step:.0%} of the run" if isinstance(step, float) else f"after {step}"

@@ -84,7 +84,7 @@ def measure_sensitivity(
     noise = {name: dict.fromkeys(candidates, 0.0) for name in layers}
     power = 0.0
     for batch in kept:
-        expected = _outputs(run(replica, batch))
+        expected = output_tensors(run(replica, batch))
         power += sum(float(t.double().square().sum()) for t in expected)
         for name, layer in layers.items():
             for value in candidates:
@@ -106,13 +106,14 @@ def _noise(layer: QATLayer, bits: int, expected: list[Tensor], run: Callable[[],
     layer.weight_quantizer.set_bits(bits, layer.weight)
     layer.weight_quantizer.quantizing = True
     try:
-        actual = _outputs(run())
+        actual = output_tensors(run())
     finally:
         layer.weight_quantizer.quantizing = False
     return sum(float((a.double() - e.double()).square().sum()) for a, e in zip(actual, expected, strict=True))
 
 
-def _outputs(output: Any) -> list[Tensor]:
+def output_tensors(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of what a forward returned."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class Phase:
         weight_bits: of the weights; None leaves the plan's.
         activation_bits: of the activations; None leaves the plan's.
         bits_match: glob on the names of the layers whose bits are set.
+        weight_bits_of, activation_bits_of: those of single layers, by name; they come before the others.
     """
 
     observing: bool = True
@@ -39,6 +40,8 @@ class Phase:
     weight_bits: int | None = None
     activation_bits: int | None = None
     bits_match: str = "*"
+    weight_bits_of: Mapping[str, int] = field(default_factory=dict)
+    activation_bits_of: Mapping[str, int] = field(default_factory=dict)
 
 
 def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Module]:
@@ -50,15 +53,17 @@ def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Module]:
     for name, layer in qat_layers(model):
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         sets_bits = fnmatch.fnmatchcase(name, phase.bits_match)
+        weight_bits = phase.weight_bits_of.get(name, phase.weight_bits if sets_bits else None)
         # A weight may be computed when it is read: only where something changes.
-        if phase.weight_bits is not None and sets_bits and phase.weight_bits != weight.bits:
-            weight.set_bits(phase.weight_bits, weight_now(layer))
+        if weight_bits is not None and weight_bits != weight.bits:
+            weight.set_bits(weight_bits, weight_now(layer))
         weight.quantizing = phase.quantizing
         if phase.frozen != weight.frozen:
             weight.set_frozen(phase.frozen, weight_now(layer))
         if activation is not None:
-            if phase.activation_bits is not None and sets_bits:
-                activation.set_bits(phase.activation_bits)
+            activation_bits = phase.activation_bits_of.get(name, phase.activation_bits if sets_bits else None)
+            if activation_bits is not None:
+                activation.set_bits(activation_bits)
             activation.quantizing = phase.quantizing
             activation.observing = phase.observing
             activation.frozen = phase.frozen

@@ -53,6 +53,18 @@ def test_ddp_has_the_same_scales_on_both_ranks_and_is_one_rank_with_twice_the_ba
     assert len({scale.item() for scale in moved}) > 4  # the ranges did move
 
 
+def test_ranks_reduce_bits_and_roll_back_together_whatever_each_of_them_sees(two):
+    """The metric of one rank is flat where the other's is not, and NaN where the other's is a number."""
+    first, second = (rank["deciding"] for rank in two)
+    for run in ("gated", "ordered"):
+        for mine, theirs in zip(first[run].pop("steps"), second[run].pop("steps"), strict=True):
+            assert_same_bits(mine, theirs)
+        assert_same_bits(first[run].pop("state"), second[run].pop("state"))
+    assert first == second
+    assert first["rolled_back"] == 1
+    assert [sorted(order) for order in first["orders"][1]] == [["conv", "head"]] * 2
+
+
 def test_ranks_that_run_different_layers_agree_and_do_not_wait_for_each_other(two):
     first, second = (rank["branches"] for rank in two)
     for mine, theirs in zip(first["steps"], second["steps"], strict=True):
