@@ -32,7 +32,16 @@ from lightning_qat.nn import (
     fold_bn_into_conv,
 )
 from lightning_qat.ops.fake_quantize import fake_quantize
-from lightning_qat.ptq import GPTQOptions, GPTQQuantizer, quantize_model
+from lightning_qat.ptq import (
+    GPTQOptions,
+    GPTQQuantizer,
+    PTQObserver,
+    PTQOptions,
+    PTQReport,
+    preflight,
+    ptq_report,
+    quantize_model,
+)
 from lightning_qat.quantizers.debug import QuantizationEvent, debug_quantizers
 from lightning_qat.quantizers.observers import (
     HistogramObserver,
@@ -216,6 +225,11 @@ __all__ = [
     "quantize_dynamic",
     "quantize_dynamic_tree",
     "quantize_int8",
+    "PTQObserver",
+    "PTQOptions",
+    "PTQReport",
+    "preflight",
+    "ptq_report",
     "quantize_model",
     "read_certificate",
     "register_scheme",

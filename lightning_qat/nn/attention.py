@@ -169,6 +169,8 @@ class QATMultiheadAttention(CalledProjections):
 
     #: An attribute that the float module may have.
     quantize_products: bool = False
+    #: Call the projections in a float phase too: somebody watches what they are given.
+    calls_projections: bool = False
 
     def __init__(
         self,
@@ -221,7 +223,8 @@ class QATMultiheadAttention(CalledProjections):
             k_proj.input_quantizer.take_over(q_proj.input_quantizer)
         if observes and v_follows:
             v_proj.input_quantizer.take_over(k_proj.input_quantizer)
-        if packed and all(_in_float(layer) for layer in layers) and self.in_proj_weight is not None:
+        packs = packed and not self.calls_projections
+        if packs and all(_in_float(layer) for layer in layers) and self.in_proj_weight is not None:
             return _project_packed(query, key, _joined(self.in_proj_weight, layers), self.in_proj_bias)
         for layer, made in zip(layers, (q, k, v), strict=True):
             if isinstance(layer, QATProjection):

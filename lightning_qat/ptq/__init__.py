@@ -9,15 +9,25 @@ from lightning_qat.ptq.bit_allocation import (
 )
 from lightning_qat.ptq.gptq import GPTQOptions
 from lightning_qat.ptq.gptq_quantizer import GPTQQuantizer
+from lightning_qat.ptq.methods import PTQOptions
+from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, ptq_report
+from lightning_qat.ptq.preflight import LayerTask, preflight
 from lightning_qat.ptq.quantize_model import quantize_model
 
 __all__ = [
     "GPTQOptions",
     "GPTQQuantizer",
+    "LayerOutcome",
     "LayerSensitivity",
+    "LayerTask",
+    "PTQObserver",
+    "PTQOptions",
+    "PTQReport",
     "allocate_bits",
     "measure_sensitivity",
     "mixed_plan",
+    "preflight",
+    "ptq_report",
     "quantize_model",
     "write_plan",
 ]

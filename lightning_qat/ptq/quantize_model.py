@@ -2,72 +2,198 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_qat.config import PlanLike
-from lightning_qat.nn import QATLayer
+from lightning_qat.config import PlanLike, QuantizationPlan, QuantizationScheme, resolve_plan
+from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.ptq.engine import Engine
+from lightning_qat.ptq.journal import Journal, fingerprint
+from lightning_qat.ptq.methods import METHODS, PTQOptions
+from lightning_qat.ptq.outcome import (
+    LayerOutcome,
+    PTQObserver,
+    PTQReport,
+    Stopwatch,
+    attach_ptq_report,
+    most_memory,
+)
+from lightning_qat.ptq.preflight import check_tasks, preflight
 from lightning_qat.transforms.calibrate import calibrate
-from lightning_qat.transforms.convert import convert
+from lightning_qat.transforms.convert import convert as convert_model
+from lightning_qat.transforms.convert import finish_conversion
 from lightning_qat.transforms.prepare import copy_model, prepare, prepared_plan, qat_layers
+from lightning_qat.transforms.ranges import static_quantizers
 from lightning_qat.validation import check_choice
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-#: How codes are chosen.
-METHODS = ("rtn",)
+#: Schemes that say by their name which algorithm chooses the codes.
+_METHOD_OF = {QuantizationScheme.GPTQ: "gptq", QuantizationScheme.AWQ: "awq"}
 
 
 def quantize_model(
     model: ModelT,
-    config: PlanLike = "int8",
+    config: PlanLike | None = None,
     calibration: Iterable[Any] | None = None,
-    method: str = "rtn",
+    method: str | None = None,
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    options: PTQOptions | None = None,
     verify: bool = False,
+    convert: bool = True,
+    observer: PTQObserver | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    restart: bool = False,
 ) -> ModelT:
-    """Return a new, converted model: prepare, calibrate and convert in one call.
+    """Return a new, quantized model; :func:`ptq_report` says what became of each layer.
 
     Args:
         model: a float ``nn.Module`` or ``LightningModule``; it stays as it is, and no second copy of its weights is
-            made on the way.
-        config: a plan, a :class:`QATConfig`, a :class:`QuantizationConfig` (weight-only) or a preset's name.
-        calibration: batches, as :func:`calibrate` takes them; needed where activations have calibrated ranges. They
-            also show which BatchNorm directly follows a layer.
-        method: ``"rtn"``, every weight to the nearest code.
+            made on the way. Or a prepared one: scales that QAT has learned or frozen are the grid of the codes.
+        config: a plan, a :class:`QATConfig`, a :class:`QuantizationConfig` (weight-only) or a preset's name; None is
+            ``"int8"``, or the plan of a prepared model.
+        calibration: batches, as :func:`calibrate` takes them; needed where activations have calibrated ranges, and by
+            every method but ``"rtn"``. They also show which BatchNorm directly follows a layer.
+        method: what chooses the codes, a name of ``METHODS``; None follows from the config: ``"gptq"`` and ``"awq"``
+            for the schemes of these names, else ``"rtn"``, every weight to the nearest code.
         forward: called as ``forward(model, batch)`` to run a batch otherwise.
+        options: of the methods that look at batches.
         verify: compare the result with the fake-quantized model on the calibration batches, which then have to be a
-            collection; saving writes the certificate.
+            collection; saving writes the certificate. Layers then stay in float until all are done.
+        convert: False returns a prepared model, whose weights and frozen scales are those chosen: QAT goes on from it.
+        observer: is told what will be done and what was.
+        journal: a folder that keeps finished blocks; a run that is killed and called again goes on from there, and ends
+            with the same bytes.
+        restart: delete what another run has left in the journal, instead of raising.
 
     Returns:
-        A converted model of the same class, in evaluation mode.
+        A model of the same class, converted and in evaluation mode unless ``convert=False``.
 
     Raises:
-        ValueError: if the method is unknown, calibration is missing, or the config does not fit the model.
+        ValueError: the method is unknown, calibration is missing, or the config does not fit the model.
         ParityError: with ``verify``, if the result is not what was fake-quantized.
     """
-    check_choice("method", method, METHODS)
     original: ModelT = getattr(model, "_orig_mod", model)  # of torch.compile
-    if prepared_plan(original) is not None or any(isinstance(module, QATLayer) for module in original.modules()):
+    plan = _plan_of(original, config)
+    chosen = method or _method_of(plan)
+    check_choice("method", chosen, tuple(METHODS))
+    known = prepared_plan(original) is not None
+    if any(isinstance(module, QuantizedLayer) for module in original.modules()):
+        raise ValueError(f"{type(original).__name__} is converted already; give the float model")
+    if (known or any(isinstance(module, QATLayer) for module in original.modules())) and (
+        not METHODS[chosen].needs_statistics or not known
+    ):
         raise ValueError(f"{type(original).__name__} is prepared; call calibrate(model, batches) and convert(model)")
-    if verify and calibration is None:
-        raise ValueError("verify=True needs calibration batches to compare on; give calibration=[...]")
-    # Weights are shared; buffers, which a forward may write, are not.
-    replica = copy_model(original, {id(tensor): tensor for tensor in original.parameters()}).eval()
-    prepare(replica, config)
-    if calibration is not None:
-        batches = list(calibration) if verify else calibration
-        calibrate(replica, batches, forward)
-        return convert(replica, verify=batches if verify else None, forward=forward)
-    waiting = [
-        name for name, layer in qat_layers(replica) if layer.input_quantizer and not layer.input_quantizer.calibrated
-    ]
-    if waiting:
+    if calibration is None and (verify or METHODS[chosen].needs_statistics):
+        what = f"method={chosen!r}" if METHODS[chosen].needs_statistics else "verify=True"
+        raise ValueError(f"{what} needs calibration batches to {_purpose(chosen)}; give calibration=[...]")
+    tasks = preflight(original, plan, chosen)
+    (observer := observer or PTQObserver()).started(tasks)
+    check_tasks(tasks)
+    replica = _replica(original, plan)
+    if not METHODS[chosen].needs_statistics:
+        return _nearest(replica, calibration, forward, observer, verify=verify, convert=convert)
+    batches = list(calibration or ())
+    if not batches:
+        raise ValueError(f"method={chosen!r} got no calibration batch; give at least one")
+    options = options or PTQOptions()
+    kept = None
+    if journal is not None:
+        settings = {"plan": plan, "method": chosen, "options": options, "convert": convert}
+        kept = Journal(journal, fingerprint(original, batches, **settings), restart=restart)
+        kept.begin(replica)
+    engine = Engine(
+        replica,
+        batches,
+        chosen,
+        options,
+        forward=forward,
+        observer=observer,
+        journal=kept,
+        packs=convert and not verify,
+    )
+    return _finished(replica, engine.run(), batches, forward, observer, verify=verify, convert=convert)
+
+
+def _plan_of(model: nn.Module, config: PlanLike | None) -> QuantizationPlan:
+    known = prepared_plan(model)
+    return known if config is None and known is not None else resolve_plan("int8" if config is None else config)
+
+
+def _method_of(plan: QuantizationPlan) -> str:
+    """Return the method that the schemes of a plan name."""
+    weights: list[Any] = [rule.weight for rule in plan.rules] + [getattr(plan.base, "scheme", None)]
+    schemes = [getattr(weight, "scheme", weight) for weight in weights if weight is not None]
+    named = dict.fromkeys(_METHOD_OF[scheme] for scheme in schemes if scheme in _METHOD_OF)
+    if len(named) > 1:
+        raise ValueError(f"the plan names several algorithms, {', '.join(named)}; say which with method=...")
+    return next(iter(named), "rtn")
+
+
+def _purpose(method: str) -> str:
+    return "look at the inputs of layers" if METHODS[method].needs_statistics else "compare on"
+
+
+def _replica(model: ModelT, plan: QuantizationPlan) -> ModelT:
+    """Return a prepared copy: weights are shared; buffers, which a forward may write, and scales are not."""
+    parts = (".weight_quantizer.", ".input_quantizer.")
+    shared = {id(p): p for name, p in model.named_parameters() if not any(part in f".{name}" for part in parts)}
+    return prepare(copy_model(model, shared).eval(), plan)
+
+
+def _nearest(
+    model: ModelT,
+    calibration: Iterable[Any] | None,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    observer: PTQObserver,
+    *,
+    verify: bool,
+    convert: bool,
+) -> ModelT:
+    """Round every weight to nearest; of the batches, activations get their ranges."""
+    watch = Stopwatch()
+    batches: Any = list(calibration) if verify and calibration is not None else calibration
+    if batches is not None:
+        calibrate(model, batches, forward)
+    elif waiting := [q for q in static_quantizers(model) if not q.calibrated]:
         raise ValueError(
-            f"the inputs of {len(waiting)} layers, such as {waiting[0]!r}, need calibrated ranges; give "
+            f"the inputs of {len(waiting)} layers, such as {waiting[0].name!r}, need calibrated ranges; give "
             "calibration=batches, or a config without them, such as 'int8_dynamic' or 'int8_weight_only'"
         )
-    return convert(replica)
+    outcomes = []
+    for name, layer in qat_layers(model):
+        bits, weights = layer.weight_quantizer.bits, layer.weight.numel()
+        outcomes.append(LayerOutcome(name, "rtn", bits, weights, memory=most_memory()))
+        observer.layer_done(outcomes[-1])
+    result = convert_model(model, verify=batches if verify else None, forward=forward) if convert else model
+    report = PTQReport("rtn", None, tuple(outcomes), (), watch.seconds())
+    attach_ptq_report(result, report)
+    observer.finished(report)
+    return result
+
+
+def _finished(
+    model: ModelT,
+    report: PTQReport,
+    batches: Sequence[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    observer: PTQObserver,
+    *,
+    verify: bool,
+    convert: bool,
+) -> ModelT:
+    """Give activations their ranges, which are those of the quantized weights, and convert what is still in float."""
+    if static_quantizers(model):
+        calibrate(model, batches, forward)
+    result = model
+    if convert and any(True for _ in qat_layers(model)):
+        result = convert_model(model, verify=batches if verify else None, forward=forward)
+    elif convert:
+        finish_conversion(model)
+    attach_ptq_report(result, report)
+    observer.finished(report)
+    return result

@@ -118,6 +118,19 @@ class WeightQuantizer(FakeQuantizer):
             self._store(*self._derive(whole_weight(weight, self._shape, self.name)))
         self.frozen = frozen
 
+    def fix(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Let the scale stand still at one that was chosen elsewhere; return it as it is kept.
+
+        A learned scale goes on learning from there, and keeps it to the precision of its parameters.
+        """
+        zero = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+        self._store(scale, zero)
+        if self.learned is not None:
+            self.learned.ready = True
+        else:
+            self.frozen = True
+        return self.scale, self.zero_point
+
     def fake_quantize_rows(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Fake-quantize rows gathered from ``weight``: an embedding touches few of its rows.
 

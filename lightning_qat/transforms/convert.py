@@ -197,6 +197,37 @@ def drop_norm(norm: nn.Module) -> None:
 
 
 @torch.no_grad()
+def convert_layers(model: nn.Module, layers: Iterable[tuple[str, QATLayer]]) -> None:
+    """Convert some of the prepared layers of ``model`` in place, with the BatchNorm that they take in.
+
+    It is decided before which BatchNorm that is. Attentions convert as a whole: all projections of one, or none.
+
+    Args:
+        model: a prepared model, or one of which other layers are converted already.
+        layers: names and modules.
+    """
+    chosen = list(layers)
+    converting = {id(layer) for _, layer in chosen}
+    for module in model.modules():
+        if isinstance(module, QATMultiheadAttention) and any(id(child) in converting for child in module.children()):
+            own_projections(module, module.planned_product_bits())
+    found = [(name, layer, _norm_of(model, name, layer)) for name, layer in chosen]
+    for name, layer, norm in found:
+        _convert_layer(name, layer, norm)
+    for _, _, norm in found:
+        if norm is not None and not isinstance(norm, FoldedBatchNorm):
+            drop_norm(norm)
+
+
+def finish_conversion(model: nn.Module) -> None:
+    """Do what is left to do in place when all layers of ``model`` are converted."""
+    model.__dict__.pop(_PLAN, None)
+    leave_fast_paths(model)
+    keep_codes_inside(model, QuantizedConv2d, (QuantizedConv2d, QuantizedLinear))
+    model.eval()
+
+
+@torch.no_grad()
 def convert(
     model: ModelT,
     verify: Iterable[Any] | None = None,
@@ -223,20 +254,9 @@ def convert(
         raise ValueError(f"{type(original).__name__} has no prepared layer to convert; call prepare(model, plan) first")
     check_scales([part for part in original.modules() if isinstance(part, LearnedScale)])
     converted = _copy_without_weights(original)
-    converted.__dict__.pop(_PLAN, None)
     trace_folds(converted)
-    for module in converted.modules():
-        if isinstance(module, QATMultiheadAttention):
-            own_projections(module, module.planned_product_bits())
-    layers = [(name, layer, _norm_of(converted, name, layer)) for name, layer in qat_layers(converted)]
-    for name, layer, norm in layers:
-        _convert_layer(name, layer, norm)
-    for _, _, norm in layers:
-        if norm is not None and not isinstance(norm, FoldedBatchNorm):
-            drop_norm(norm)
-    leave_fast_paths(converted)
-    keep_codes_inside(converted, QuantizedConv2d, (QuantizedConv2d, QuantizedLinear))
-    converted.eval()
+    convert_layers(converted, qat_layers(converted))
+    finish_conversion(converted)
     if verify is not None:
         from lightning_qat.transforms.parity import certify  # the gate stands on conversion
 

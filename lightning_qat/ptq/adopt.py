@@ -1,0 +1,88 @@
+"""Between a prepared layer and an algorithm: the problem that it poses, and taking on the codes that were chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.nn import QATLayer, QATMultiheadAttention
+from lightning_qat.nn.computed_weight import weight_now
+from lightning_qat.ptq.chosen import ChosenCodes
+from lightning_qat.ptq.methods import LayerProblem
+from lightning_qat.ptq.statistics import InputStatistics
+from lightning_qat.schemes import get_scheme
+
+
+def given_grid(layer: QATLayer) -> tuple[Tensor | None, Tensor | None]:
+    """Return the scale and zero point that QAT has learned or frozen, or two times None."""
+    quantizer = layer.weight_quantizer
+    learned = quantizer.learned is not None and quantizer.learned.ready
+    return (quantizer.scale, quantizer.zero_point) if learned or quantizer.frozen else (None, None)
+
+
+def problem_of(layer: QATLayer, statistics: InputStatistics) -> LayerProblem:
+    """Return what an algorithm decides about."""
+    weight = weight_now(layer).detach()
+    return LayerProblem(weight.flatten(1), statistics, layer.weight_quantizer.format, *given_grid(layer))
+
+
+def nearest_codes(layer: QATLayer) -> ChosenCodes:
+    """Return what the layer would be converted to as it is."""
+    quantizer, weight = layer.weight_quantizer, weight_now(layer).detach()
+    scale, zero_point = quantizer.parameters_for(weight)
+    fmt = quantizer.format
+    codes = get_scheme(fmt.scheme).quantize(weight, scale, zero_point, fmt)
+    return ChosenCodes(codes, scale, None if fmt.symmetric else zero_point, fmt, float("nan"), float("nan"))
+
+
+@torch.no_grad()
+def adopt(name: str, layer: QATLayer, chosen: ChosenCodes) -> None:
+    """Let the weight of a layer be what ``chosen`` stands for, on that grid: conversion then makes these codes again.
+
+    The weight becomes a new parameter; whoever shares the old one keeps it.
+
+    Raises:
+        ValueError: the codes are of another format, or their values do not come back as these codes.
+    """
+    quantizer = layer.weight_quantizer
+    fmt = quantizer.format
+    if chosen.format != fmt:
+        raise ValueError(f"layer {name!r} has {fmt}, and codes were chosen for {chosen.format}")
+    before = weight_now(layer)
+    scheme = get_scheme(fmt.scheme)
+    scale, zero_point = quantizer.fix(chosen.scale, chosen.zero_point)
+    codes = chosen.codes.reshape(before.shape)
+    effective = scheme.effective_scale(scale, fmt)
+    values = scheme.dequantize(codes, effective, zero_point, fmt, before.dtype)
+    again = scheme.quantize(values, scale, zero_point, fmt)
+    if not torch.equal(again, codes.to(again.dtype)):
+        # Two codes of one value (0 and -0 of fp4, say) are as good as each other.
+        same = scheme.dequantize(again, effective, zero_point, fmt, before.dtype)
+        if not torch.equal(same, values):
+            wrong = int((same != values).sum())
+            raise ValueError(
+                f"{wrong} of {codes.numel()} codes of layer {name!r} do not come back from their values in "
+                f"{before.dtype}; quantize the model in float32, or use fewer bits"
+            )
+    set_weight(layer, values)
+
+
+@torch.no_grad()
+def set_weight(layer: nn.Module, values: Tensor) -> None:
+    """Give a layer another weight; a part of an attention's packed weight is written in place."""
+    own = layer._parameters.get("weight")
+    if own is not None:
+        layer._parameters["weight"] = nn.Parameter(values.to(own.dtype), requires_grad=own.requires_grad)
+    else:
+        layer.weight.copy_(values)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def own_packed_weights(module: nn.Module) -> None:
+    """Give every prepared attention inside ``module`` copies of the weights that its projections are parts of."""
+    for attention in module.modules():
+        if isinstance(attention, QATMultiheadAttention):
+            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                packed = attention._parameters.get(name)
+                if packed is not None:
+                    attention._parameters[name] = nn.Parameter(packed.detach().clone(), packed.requires_grad)

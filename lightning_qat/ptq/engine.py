@@ -1,0 +1,252 @@
+"""The layer-wise engine: one block after the other is looked at, quantized, run and packed.
+
+What is held at once is the model, the statistics of one block, and what is between two blocks for each batch. A block
+that is done gives up its float weights before the next one begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_qat.nn import QATLayer, QATMultiheadAttention
+from lightning_qat.ptq.adopt import adopt, nearest_codes, own_packed_weights, problem_of
+from lightning_qat.ptq.blocks import Course, Segment, SegmentRunner, find_blocks, stopping_at, watch_course
+from lightning_qat.ptq.chosen import ChosenCodes
+from lightning_qat.ptq.journal import Journal
+from lightning_qat.ptq.methods import METHODS, PTQOptions, choose_codes, reason_for_nearest
+from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, Stopwatch, most_memory
+from lightning_qat.ptq.statistics import InputStatistics
+from lightning_qat.ptq.watch import Run, SharedInput, find_shared_inputs, gather_statistics
+from lightning_qat.transforms.calibrate import _call
+from lightning_qat.transforms.convert import convert_layers
+from lightning_qat.transforms.fuse import decide_no_folding, watch_folds
+from lightning_qat.transforms.phase import float_forward
+from lightning_qat.transforms.prepare import qat_layers
+from lightning_qat.transforms.ranges import static_quantizers
+from lightning_qat.transforms.readers import watch_readers
+
+#: Runs every batch through the part of the model that a stage is.
+Runs = Callable[[], Iterable[Run]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """What is quantized as one.
+
+    Args:
+        name: of the block, or what is outside of blocks.
+        layers: names.
+        runs: run the batches through it; a layer outside is reached through the whole model.
+        parts: the order of ``"sublayers"`` is worth its passes.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    runs: Runs
+    parts: bool
+
+
+class Engine:
+    """Quantizes a prepared model in place.
+
+    Args:
+        model: prepared; its parameters may be another model's, they are replaced and not written to.
+        batches: of calibration; kept while this runs.
+        method: a name of ``METHODS``.
+        options: how.
+        forward: called as ``forward(model, batch)``; None calls the model with the batch.
+        observer: is told.
+        journal: where finished blocks are kept; None keeps none.
+        packs: convert a block as soon as it is done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        method: str,
+        options: PTQOptions,
+        *,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        observer: PTQObserver | None = None,
+        journal: Journal | None = None,
+        packs: bool = True,
+    ) -> None:
+        self.model, self.batches = model, list(batches)
+        self.method, self.options, self.way = method, options, METHODS[method]
+        self.observer = observer or PTQObserver()
+        self.journal = journal
+        self._forward = forward or _call
+        self._layers: dict[str, QATLayer] = dict(qat_layers(model))
+        # Activations that get their ranges from the finished model keep every layer in float until then.
+        self._packs = packs and not static_quantizers(model)
+        self._modules = dict(model.named_modules())
+        self._outcomes: list[LayerOutcome] = []
+        self._notes: list[str] = []
+        self._done = 0
+        self._watch = Stopwatch()
+
+    @torch.no_grad()
+    def run(self) -> PTQReport:
+        """Quantize every layer and return what came out."""
+        with float_forward(self.model), _as_calibrated(self.model), torch.compiler.set_stance("force_eager"):
+            self._decide_folds()
+            blocks = find_blocks(self.model, self._layers)
+            course = watch_course(self.model, self._layers, blocks, self._run_of(self.batches[0]))
+            if self.options.order == "one_pass" or not course.segments:
+                self._quantize_at_once(course)
+            else:
+                self._quantize_in_turn(course)
+            self._quantize_unreached(course)
+        order = self.options.order if course.segments else "one_pass"
+        return PTQReport(self.method, order, tuple(self._outcomes), tuple(self._notes), self._watch.seconds())
+
+    # --- the order ---------------------------------------------------------------------------------
+
+    def _quantize_at_once(self, course: Course) -> None:
+        """Look at all layers in one pass of the float model."""
+        reached = tuple(name for name in self._layers if name not in course.unreached)
+        self._quantize(_Stage("model", reached, self._runs, parts=False), 1)
+        self._pack(reached)
+
+    def _quantize_in_turn(self, course: Course) -> None:
+        stages = sum(len(segment.blocks) for segment in course.segments) + sum(map(bool, course.outside))
+        for segment, before in zip(course.segments, course.outside, strict=False):
+            self._quantize_outside(before, segment.blocks[0].name, stages)
+            self._quantize_segment(segment, stages)
+        self._quantize_outside(course.outside[-1], None, stages)
+
+    def _quantize_outside(self, names: tuple[str, ...], until: str | None, stages: int) -> None:
+        if not names:
+            return
+        where = "after the blocks" if until is None else f"before {until}"
+        with stopping_at(None if until is None else self._modules[until]):
+            self._quantize(_Stage(where, names, self._runs, parts=False), stages)
+        self._pack(names)
+
+    def _quantize_segment(self, segment: Segment, stages: int) -> None:
+        runner = SegmentRunner(segment, self._runs())
+        last = segment.blocks[-1]
+        for block in segment.blocks:
+            parts = self.options.order == "sublayers"
+            if block.layers:
+                own_packed_weights(block.module)
+                self._quantize(_Stage(block.name, block.layers, runner.runs, parts), stages)
+            if block is not last:
+                runner.advance()
+            self._pack(block.layers)
+
+    def _quantize_unreached(self, course: Course) -> None:
+        for name in course.unreached:
+            note = "no calibration batch reached it"
+            self._settle(name, nearest_codes(self._layers[name]), "rtn", Stopwatch(), (note,))
+        self._pack(course.unreached)
+
+    # --- one stage ---------------------------------------------------------------------------------
+
+    def _quantize(self, stage: _Stage, stages: int) -> None:
+        self._done += 1
+        self.observer.stage_started(stage.name, self._done, stages)
+        restored = self.journal.restore(stage.name, self.model) if self.journal is not None else None
+        if restored is not None:
+            self._outcomes += restored
+            self.observer.stage_restored(stage.name, restored)
+            return
+        before = len(self._outcomes)
+        layers = {name: self._layers[name] for name in stage.layers}
+        shared = find_shared_inputs(layers, next(iter(stage.runs())))
+        self._choose_all(stage, shared)
+        for name in stage.layers:  # the block was reached, and the layer in it was not
+            if not any(outcome.name == name for outcome in self._outcomes[before:]):
+                note = "no calibration batch reached it"
+                self._settle(name, nearest_codes(layers[name]), "rtn", Stopwatch(), (note,))
+        if self.journal is not None:
+            self.journal.write(stage.name, self.model, stage.layers, self._outcomes[before:])
+
+    def _choose_all(self, stage: _Stage, shared: list[SharedInput]) -> None:
+        layers = {name: self._layers[name] for name in stage.layers}
+        gather = partial(gather_statistics, layers, runs=stage.runs, across_ranks=self.options.across_ranks)
+        for part in [[each] for each in shared] if stage.parts else [shared]:
+            self._choose(part, gather(part, stop=True))
+
+    def _choose(self, part: list[SharedInput], statistics: dict[str, InputStatistics]) -> None:
+        for each in part:
+            for name in each.layers:
+                layer, watch = self._layers[name], Stopwatch()
+                reason = reason_for_nearest(layer, layer.weight_quantizer.format, self.method)
+                if reason or name not in statistics:
+                    self._settle(name, nearest_codes(layer), "rtn", watch, (reason or "it got no input",))
+                    continue
+                chosen = choose_codes(layer, problem_of(layer, statistics[name]), self.way, self.options)
+                self._settle(name, chosen, self.method, watch)
+
+    def _settle(
+        self, name: str, chosen: ChosenCodes, method: str, watch: Stopwatch, notes: tuple[str, ...] = ()
+    ) -> None:
+        layer = self._layers[name]
+        adopt(name, layer, chosen)
+        known = chosen.loss == chosen.loss
+        outcome = LayerOutcome(
+            name,
+            method,
+            chosen.format.bits,
+            layer.weight.numel(),
+            chosen.loss if known else None,
+            chosen.nearest_loss if known else None,
+            chosen.damping,
+            (*notes, *chosen.notes),
+            watch.seconds(),
+            most_memory(),
+        )
+        self._outcomes.append(outcome)
+        self.observer.layer_done(outcome)
+
+    def _pack(self, names: Iterable[str]) -> None:
+        if self._packs:
+            convert_layers(self.model, [(name, self._layers[name]) for name in names])
+
+    # --- running -----------------------------------------------------------------------------------
+
+    def _run_of(self, batch: Any) -> Run:
+        return partial(self._forward, self.model, batch)
+
+    def _runs(self) -> Iterator[Run]:
+        return map(self._run_of, self.batches)
+
+    def _decide_folds(self) -> None:
+        """Decide from one forward which BatchNorm a layer takes in and who reads its output."""
+        if any(isinstance(module, _BatchNorm) for module in self.model.modules()) or static_quantizers(self.model):
+            with watch_readers(self.model), watch_folds(self.model):
+                self._run_of(self.batches[0])()
+        decide_no_folding(self.model)
+
+
+@contextlib.contextmanager
+def _as_calibrated(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` run as its layers are to be watched: in evaluation mode, without a cache of keys and values."""
+    modes = {module: module.training for module in model.modules()}
+    configs = {id(c): c for m in modes if (c := getattr(m, "config", None)) is not None and hasattr(c, "use_cache")}
+    before = [(config, config.use_cache) for config in configs.values()]
+    attentions = [module for module in modes if isinstance(module, QATMultiheadAttention)]
+    try:
+        model.eval()
+        for config, _ in before:
+            config.use_cache = False
+        for attention in attentions:
+            attention.calls_projections = True
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+        for attention in attentions:
+            attention.__dict__.pop("calls_projections", None)
+        for module, training in modes.items():
+            module.training = training

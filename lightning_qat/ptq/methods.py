@@ -1,0 +1,160 @@
+"""The algorithms that choose codes, by name, and what each of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.ptq.chosen import ChosenCodes
+from lightning_qat.ptq.column_grid import check_target
+from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq
+from lightning_qat.ptq.nearest import choose_nearest
+from lightning_qat.ptq.statistics import InputStatistics, input_geometry
+from lightning_qat.schemes import TensorFormat
+from lightning_qat.validation import check_bool, check_choice
+
+#: In which order layers are quantized, from the most exact to the fastest.
+ORDERS = ("sublayers", "blocks", "one_pass")
+
+#: Gram matrices of one layer, at most: a depthwise convolution of more channels is rounded to nearest.
+_MOST_GROUPS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTQOptions:
+    """How layers are quantized with statistics.
+
+    Args:
+        order: ``"sublayers"``: within a block, layers that share an input are quantized before the inputs of those that
+            follow are looked at (the "true sequential" order); ``"blocks"``: each block sees what the quantized blocks
+            before it return; ``"one_pass"``: all inputs are those of the float model.
+        gptq: of ``"gptq"`` and ``"awq+gptq"``.
+        across_ranks: every rank of ``torch.distributed`` calls this with batches of its own; all get the same model.
+    """
+
+    order: str = "sublayers"
+    gptq: GPTQOptions = field(default_factory=GPTQOptions)
+    across_ranks: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("order", self.order, ORDERS)
+        check_bool("across_ranks", self.across_ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """What an algorithm decides about.
+
+    Args:
+        weight: ``[N, K]``.
+        statistics: of the inputs.
+        fmt: of the codes.
+        scale, zero_point: of a grid that is given, as QAT learned it; None leaves it to the algorithm.
+    """
+
+    weight: Tensor
+    statistics: InputStatistics
+    fmt: TensorFormat
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+
+Choose = Callable[[LayerProblem, PTQOptions], ChosenCodes]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one method works.
+
+    Args:
+        choose: of one layer; None rounds to nearest without any statistics.
+        check: raises ``ValueError`` for a format that it has no codes for.
+        reshape: moves scales between the layers of a block before codes are chosen; None does not.
+    """
+
+    choose: Choose | None = None
+    check: Callable[[TensorFormat], None] | None = None
+    reshape: Any = None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether batches have to be run."""
+        return self.choose is not None
+
+
+def _nearest(problem: LayerProblem, options: PTQOptions) -> ChosenCodes:
+    gram = problem.statistics.gram
+    return choose_nearest(problem.weight, gram, problem.fmt, problem.scale, problem.zero_point)
+
+
+def _gptq(problem: LayerProblem, options: PTQOptions) -> ChosenCodes:
+    gram = problem.statistics.gram
+    return choose_gptq(problem.weight, gram, problem.fmt, options.gptq, problem.scale, problem.zero_point)
+
+
+#: What ``quantize_model`` takes as ``method``.
+METHODS: dict[str, Method] = {
+    "rtn": Method(),
+    "gptq": Method(_gptq, check_target),
+}
+
+
+def reason_for_nearest(layer: nn.Module, fmt: TensorFormat, method: str) -> str:
+    """Return why ``layer`` is rounded to nearest whatever ``method`` would do, or ``""``."""
+    if not METHODS[method].needs_statistics:
+        return ""
+    geometry = input_geometry(layer)
+    if geometry is None:
+        kind = "an embedding looks rows up" if isinstance(layer, nn.Embedding) else "a transposed convolution"
+        return f"{kind}: there is no Gram matrix of its inputs"
+    groups = geometry[0]
+    if groups > _MOST_GROUPS:
+        return f"{groups} groups of channels: each has few weights and a Gram matrix of its own"
+    if groups > 1 and fmt.axis is None and fmt.group_size is None:
+        return "scales are shared by several groups of channels"
+    check = METHODS[method].check
+    try:
+        if check is not None:
+            check(fmt)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def choose_codes(layer: nn.Module, problem: LayerProblem, method: Method, options: PTQOptions) -> ChosenCodes:
+    """Return the codes of a layer; each group of a grouped convolution is a problem of its own."""
+    choose: Any = method.choose
+    geometry = input_geometry(layer)
+    groups = 1 if geometry is None else geometry[0]
+    if groups == 1:
+        chosen: ChosenCodes = choose(problem, options)
+        return chosen
+    parts = []
+    statistics = problem.statistics
+    rows = problem.weight.shape[0] // groups
+    for index in range(groups):
+        here = slice(index * rows, (index + 1) * rows)
+        own = replace(
+            statistics,
+            gram=statistics.gram[index],
+            mean_magnitude=statistics.mean_magnitude[index],
+            max_magnitude=statistics.max_magnitude[index],
+        )
+        grid = [None if t is None else t[here] for t in (problem.scale, problem.zero_point)]
+        parts.append(choose(LayerProblem(problem.weight[here], own, problem.fmt, *grid), options))
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    zero_points: Any = [part.zero_point for part in parts]
+    return ChosenCodes(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        None if zero_points[0] is None else torch.cat(zero_points),
+        problem.fmt,
+        sum(part.loss for part in parts),
+        sum(part.nearest_loss for part in parts),
+        max(part.damping for part in parts),
+        tuple(notes),
+    )
