@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
 from lightning_qat.nn.region import RegionTensor, settled
 from lightning_qat.nn.single import init_from
 from lightning_qat.nn.triton_linear import takes_triton, triton_execution, triton_kernel
-from lightning_qat.ops.digit_linear import digit_linear, digits_are_exact, digits_pay, pack_digits
+from lightning_qat.ops.bag_linear import BAG_TOKENS, bag_linear, bags_are_exact, bags_fit, pack_bags
+from lightning_qat.ops.digit_linear import DigitWeight, digit_linear, digits_are_exact, digits_pay, pack_digits
 from lightning_qat.ops.int4_linear import int4_fits, int4_is_exact, int4_linear, pack_int4
 from lightning_qat.ops.integer_conv import CodeGrid
 from lightning_qat.ops.integer_linear import (
@@ -97,10 +100,16 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         fits = self.input_format is None and self.weight_dtype == torch.bfloat16
         return fits and int4_fits(rows, columns, fmt.bits, fmt.group_size) and int4_is_exact()
 
+    def _takes_bags(self) -> bool:
+        fmt, (rows, columns) = self.weight_format, self.weight_shape
+        return bags_fit(rows, columns, fmt.bits, fmt.group_size) and bags_are_exact()
+
     def _weight_only_execution(self) -> str:
         if not digits_are_exact():
             return "reference: weight-only on a big-endian CPU"
         rows, columns = self.weight_shape
+        if self._takes_bags():
+            return "fbgemm int4, weight-only"
         pays = digits_pay(1, (rows, columns), self.weight_format.group_size)
         return "onednn int8, weight-only" if pays else "reference: weight-only, too small to gain"
 
@@ -132,8 +141,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         if fmt is None:
             whole = self.weight_format.scheme == "llm_int8"
             values, steps = (self.codes, self.scale * PER_CODE) if whole else (weight_values(self), self.weight_scale)
-            digits = pack_digits(values, steps, self.weight_format.group_size)
-            return lambda x, bias: digit_linear(x, digits, bias)
+            pack = partial(pack_digits, values, steps, self.weight_format.group_size)
+            return self._few_tokens(pack) if self._takes_bags() else partial(_multiply_digits, pack())
         if fmt.scheme == "llm_int8":
             parts = pack_with_outliers(self.codes, self.scale)
             return lambda x, bias: outlier_linear(x, fmt.outlier_threshold, parts, bias)
@@ -152,6 +161,25 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return multiply_codes(straight, value, codes.zero_point, weight, None if bias is None else bias.float())
 
         return kernel
+
+
+    def _few_tokens(self, pack: Callable[[], DigitWeight]) -> IntegerKernel:
+        """Return what reads packed 4-bit weights for one or two tokens, and int8 copies for more: made when there are.
+
+        ``pack`` makes them.
+        """
+        bags = pack_bags(self.codes, self.weight_scale, self.weight_zero_point)
+        digits = lru_cache(maxsize=1)(pack)
+
+        def kernel(x: Tensor, bias: Tensor | None) -> Tensor:
+            few = x.numel() <= BAG_TOKENS * x.shape[-1]
+            return bag_linear(x, bags, bias) if few else digit_linear(x, digits(), bias)
+
+        return kernel
+
+
+def _multiply_digits(weight: DigitWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    return digit_linear(x, weight, bias)
 
 
 register_layer(QATLinear, QuantizedLinear)
