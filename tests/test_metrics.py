@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_qat import quantization_error, sqnr
-from lightning_qat.metrics import SQNR, Agreement, QuantizationError
+from lightning_qat.metrics import SQNR, Agreement, Cosine, QuantizationError, perplexity
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 seeds = st.integers(0, 2**16)
@@ -148,3 +148,33 @@ def test_metrics_do_not_keep_a_graph() -> None:
     metric = SQNR()
     metric.update(a, a * 0.5)
     assert not metric.compute().requires_grad
+
+
+def test_cosine_is_the_mean_over_vectors() -> None:
+    a, b = pair([7, 5], 0)
+    metric = Cosine()
+    metric.update(a[:3], b[:3])
+    metric.update(a[3:], b[3:])
+    expected = [
+        float(x.double() @ y.double() / (x.double().norm() * y.double().norm())) for x, y in zip(a, b, strict=True)
+    ]
+    assert float(metric.compute()) == pytest.approx(sum(expected) / 7)
+    same = Cosine()
+    same.update(a, 3 * a)
+    assert float(same.compute()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
+def test_perplexity_is_what_torchmetrics_has(batch_size: int) -> None:
+    from torchmetrics.text import Perplexity
+
+    torch.manual_seed(0)
+    model = torch.nn.Embedding(11, 11)
+    windows = torch.randint(11, (3, 6))
+    metric = Perplexity()
+    metric.update(model(windows)[:, :-1], windows[:, 1:])
+    assert perplexity(model, windows, batch_size=batch_size) == pytest.approx(float(metric.compute()), rel=1e-6)
+    uniform = torch.nn.Embedding.from_pretrained(torch.zeros(11, 11))
+    assert perplexity(uniform, windows) == pytest.approx(11)
+    with pytest.raises(ValueError, match=r"windows has shape \(3,\)"):
+        perplexity(model, windows[:, 0])

@@ -1,5 +1,6 @@
 """LightningModules and networks of the recipes. They know nothing of quantization."""
 
+from lightning_qat.tasks.gpt import SmallGPT
 from lightning_qat.tasks.image_classifier import ImageClassifier
 from lightning_qat.tasks.language_model import LanguageModel
 from lightning_qat.tasks.minilm import load_minilm
@@ -14,6 +15,7 @@ __all__ = [
     "LanguageModel",
     "MobileNetV2",
     "SentenceEncoder",
+    "SmallGPT",
     "SmallResNet",
     "load_huggingface",
     "load_minilm",
