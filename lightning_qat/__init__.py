@@ -42,6 +42,7 @@ from lightning_qat.ptq import (
     ptq_report,
     quantize_model,
 )
+from lightning_qat.quantizers.clipping import add_clipping_decay
 from lightning_qat.quantizers.debug import QuantizationEvent, debug_quantizers
 from lightning_qat.quantizers.observers import (
     HistogramObserver,
@@ -200,6 +201,7 @@ __all__ = [
     "SelfDistillation",
     "SensitivityBitReduction",
     "WeightOscillation",
+    "add_clipping_decay",
     "apply_phase",
     "calibrate",
     "check_parity",

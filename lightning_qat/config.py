@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -14,8 +13,11 @@ from lightning_qat.validation import (
     Step,
     check_bool,
     check_choice,
+    check_dynamic,
     check_fraction,
     check_int,
+    check_number,
+    check_pact_decay,
     check_scheme_bits,
     check_step,
 )
@@ -49,13 +51,10 @@ class QuantizationScheme(StrEnum):
 
 #: What one range found at run time covers: a token (a sample, for convolutions) or the whole input.
 DYNAMIC_RANGES = ("token", "tensor")
-
 OBSERVER_NAMES = ("min_max", "moving_average", "percentile", "histogram", "mse")
-
 
 #: Of bitsandbytes: elements that share a scale.
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
 #: Schemes whose grid is given, and what shares a scale.
 _FIXED_GRIDS = {"nf4": "blocks", "fp4": "blocks", "dynamic_tree": "blocks", "llm_int8": "rows"}
 
@@ -101,11 +100,7 @@ class BitsAndBytesConfig:
             raise ValueError(f"block_size={self.block_size!r} is not allowed; use a power of two from 32 to 4096")
         for name in ("dynamic_tree", "stochastic", "nested_quantization"):
             check_bool(name, getattr(self, name))
-        threshold = self.outlier_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
-            raise ValueError(
-                f"outlier_threshold={threshold!r} is not allowed; use a quantile from 0 to 1 or a magnitude above 1"
-            )
+        check_number("outlier_threshold", self.outlier_threshold, 0.0, "a quantile from 0 to 1 or a magnitude above 1")
         check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
         check_choice("rule", self.rule, ("cpu", "cuda"))
 
@@ -129,6 +124,7 @@ class QuantizationConfig:
         observer_momentum: the moving average is ``m * old + (1 - m) * new``.
         dynamic_range: what a range found at run time covers: ``"token"`` (of a convolution, a sample) or ``"tensor"``.
         learnable: learn scale and zero point by gradient (LSQ, LSQ+), beginning at those of least squared error.
+        pact_decay: learn the value that an activation is clipped at instead, as PACT does, with this L2 decay.
     """
 
     scheme: str = "int8"
@@ -143,6 +139,7 @@ class QuantizationConfig:
     observer_momentum: float = 0.99
     dynamic_range: str = "token"
     learnable: bool = False
+    pact_decay: float | None = None
 
     def __post_init__(self) -> None:
         name, bits = check_scheme_bits(self.scheme, self.bits)
@@ -167,6 +164,7 @@ class QuantizationConfig:
             )
         if self.learnable and self.dynamic:
             raise ValueError("learnable=True is not allowed with scheme='dynamic', which finds its scales at run time")
+        check_pact_decay(self.pact_decay, self.learnable, "learnable=True")
 
     def _check_fixed_grid(self) -> None:
         shared, name = _FIXED_GRIDS[self.scheme], str(self.scheme)
@@ -200,6 +198,7 @@ class QATConfig:
         freeze_step: from here on scales and BatchNorm statistics stand still; None means never.
         learnable_step_size: learn the scales by gradient (LSQ, LSQ+); ranges found at run time have none to learn.
         observer_momentum: of the activations' moving average, ``m * old + (1 - m) * new``.
+        pact_decay: learn the values that activations are clipped at (PACT), with this L2 decay; None is LSQ+, or fixed.
         activation_bits: bits of the activations; None means weight-only.
         activation_symmetric: symmetric activations.
         activation_dynamic: find ranges at run time instead of calibrated ones: ``"token"``, which True means too,
@@ -220,6 +219,7 @@ class QATConfig:
     start_step: Step = 0
     freeze_step: Step | None = None
     learnable_step_size: bool = False
+    pact_decay: float | None = None
     observer_momentum: float = 0.99
     activation_bits: int | None = 8
     activation_symmetric: bool = False
@@ -244,14 +244,11 @@ class QATConfig:
             check_step("freeze_step", self.freeze_step)
         if self.activation_bits is not None:
             check_int("activation_bits", self.activation_bits, 2, 16)
+        static = self.activation_bits is not None and not self.activation_dynamic and self.scheme != "llm_int8"
+        check_pact_decay(self.pact_decay, static, "activations with calibrated ranges")
         for name in ("learnable_step_size", "activation_symmetric", "fold_batchnorm"):
             check_bool(name, getattr(self, name))
-        if self.activation_dynamic not in DYNAMIC_RANGES and not isinstance(self.activation_dynamic, bool):
-            raise ValueError(
-                f"activation_dynamic={self.activation_dynamic!r} is not allowed; use True or False, 'token' or 'tensor'"
-            )
-        if self.activation_dynamic == "token":
-            object.__setattr__(self, "activation_dynamic", True)
+        object.__setattr__(self, "activation_dynamic", check_dynamic(self.activation_dynamic))
         check_choice("weight_observer", self.weight_observer, OBSERVER_NAMES)
         check_choice("activation_observer", self.activation_observer, OBSERVER_NAMES)
         self.weight_config()
@@ -283,7 +280,8 @@ class QATConfig:
             observer=None if self.activation_dynamic else self.activation_observer,
             observer_momentum=self.observer_momentum,
             dynamic_range="tensor" if self.activation_dynamic == "tensor" else "token",
-            learnable=self.learnable_step_size and not self.activation_dynamic,
+            learnable=(self.learnable_step_size or self.pact_decay is not None) and not self.activation_dynamic,
+            pact_decay=self.pact_decay,
         )
 
 

@@ -18,6 +18,7 @@ from lightning_qat.callbacks.base import QuantizationCallback
 from lightning_qat.callbacks.module_hooks import _stand_in, restore_hook
 from lightning_qat.config import check_int
 from lightning_qat.nn.computed_weight import weight_now
+from lightning_qat.quantizers.clipping import LearnedClipping
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
 from lightning_qat.quantizers.learned_scale import check_scales
 from lightning_qat.transforms.param_groups import learned_scales, separate_scales
@@ -123,6 +124,10 @@ class LearnedScales(QuantizationCallback):
         for parameters in still:  # a gradient of 0, as ranks need it, would let momentum go on
             for parameter in parameters:
                 parameter.grad = None
+        stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for quantizer, _ in self._scales:
+            if isinstance(quantizer.learned, LearnedClipping) and id(quantizer.learned.exponent) in stepping:
+                quantizer.learned.add_decay()
         mine = self._in_optimizer.get(id(getattr(optimizer, "_optimizer", optimizer)), [])
         if self.clip is not None and any(parameter.grad is not None for parameter in mine):
             nn.utils.clip_grad_norm_(mine, self.clip)

@@ -81,6 +81,14 @@ def fake_quantize_kernel(x: Tensor, scale: Tensor, zero_point: Tensor | None, *g
     return _KERNELS.get(x.device.type, _OPS)[0](x, scale, zero_point, *grid)
 
 
+def input_gradient(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: tuple[int, int, int, int]
+) -> Tensor:
+    """Return ``grad`` where ``x`` has a code of its own, 0 elsewhere."""
+    found: Tensor = _KERNELS.get(x.device.type, _OPS)[1](grad, x, scale, zero_point, *grid, _ONLY_X)[0]
+    return found
+
+
 def learned_gradients(
     grad: Tensor,
     x: Tensor,

@@ -17,6 +17,7 @@ from lightning_qat.config import QuantizationConfig
 from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.ops.observe import ONE_PASS_DEVICES, observe_fake_quantize_through
 from lightning_qat.quantizers.batch_range import BatchRange
+from lightning_qat.quantizers.clipping import LearnedClipping
 from lightning_qat.quantizers.debug import callback_of_environment, tell
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
 from lightning_qat.quantizers.learned_scale import LearnedScale, gradient_factor
@@ -67,11 +68,17 @@ class FakeQuantizer(QuantizationState):
                     f"({self.quantizes} of layer {name!r}); use int8 or int4, or learnable=False"
                 )
             whose = f"{self.quantizes} of layer {name!r}"
-            self.learned = LearnedScale(scale_shape, symmetric=fmt.symmetric, name=whose)
+            if config.pact_decay is None:
+                self.learned = LearnedScale(scale_shape, symmetric=fmt.symmetric, name=whose)
+            else:
+                self.learned = self._clipping(config.pact_decay, fmt, whose)
             return
         # Not by ``register_buffer``, which takes no name that the class has.
         self._buffers["scale"] = torch.ones(scale_shape, dtype=torch.float32)
         self._buffers["zero_point"] = torch.zeros(scale_shape, dtype=torch.int32)
+
+    def _clipping(self, decay: float, fmt: TensorFormat, whose: str) -> LearnedScale:
+        raise ValueError(f"pact_decay={decay} is for activations, not the {whose}; leave it out for LSQ")
 
     @property
     def scale(self) -> Tensor:
@@ -159,8 +166,7 @@ class FakeQuantizer(QuantizationState):
         """Return ``x`` fake-quantized with what :meth:`parameters_now` returned, by ops that trace."""
         if self.learned is None or not self.learns_now:
             return self.scheme.fake_quantize(x, *parameters)
-        scale, zero_point = self.learned.with_gradient(self._gradient_factor(x), self.bits)
-        return self.scheme.fake_quantize(x, scale, zero_point, self._format)
+        return self.learned.fake_quantized(x, self._gradient_factor(x), self.scheme, self._format)
 
     def fake_quantize_through(
         self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat], made: list[Tensor], *, covered: bool = False
@@ -227,6 +233,9 @@ class ActivationQuantizer(FakeQuantizer):
             # A learned scale begins where the squared error is least, and follows gradients from then on.
             kind = "mse" if config.learnable else config.observer or "moving_average"
             self.observer = make_observer(kind, momentum=config.observer_momentum, layer_name=name)
+
+    def _clipping(self, decay: float, fmt: TensorFormat, whose: str) -> LearnedScale:
+        return LearnedClipping((), symmetric=fmt.symmetric, name=whose, decay=decay)
 
     def get_extra_state(self) -> dict[str, Any]:
         # A checkpoint may be written in the middle of a batch.

@@ -123,6 +123,10 @@ class LearnedScale(QuantizationState):
             return scale, None
         return scale, _ZeroPoint.apply(self.offset, self.scale().view_as(self.offset), factor, bits).view(self.shape)
 
+    def fake_quantized(self, x: Tensor, factor: float, scheme: Scheme, fmt: TensorFormat) -> Tensor:
+        """Return ``x`` fake-quantized by ops that trace, with gradients times ``factor``."""
+        return scheme.fake_quantize(x, *self.with_gradient(factor, fmt.bits), fmt)
+
     def joined(self, x: Tensor) -> Tensor:
         """Return ``x`` with a graph that holds the parameters, whose gradients are 0.
 
@@ -247,7 +251,8 @@ def _position(offset: Tensor, bits: int) -> Tensor:
     return offset.clamp(0.0, 1.0) * float(2**bits - 1)
 
 
-def _exponent_gradient(grad: Tensor, scale: Tensor, factor: float) -> Tensor:
+def exponent_gradient(grad: Tensor, scale: Tensor, factor: float) -> Tensor:
+    """Return the exponent's gradient, of the scale's."""
     return grad.to(torch.float32) * factor / slope_of(scale)
 
 
@@ -268,7 +273,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exponent_gradient(grad, ctx.saved_tensors[0], ctx.factor), None
+        return exponent_gradient(grad, ctx.saved_tensors[0], ctx.factor), None
 
 
 class _ZeroPoint(torch.autograd.Function):
@@ -323,7 +328,7 @@ class _Applied(torch.autograd.Function):
         values = ctx.made.pop() if ctx.made else None
         grad_x, grad_scale, grad_zero = learned_gradients(grad, x, scale, zero_point, ctx.grid, needs_x, values)
         flat = scale.view(ctx.shape)
-        exponent = _exponent_gradient(grad_scale.view(ctx.shape), flat, ctx.factor)
+        exponent = exponent_gradient(grad_scale.view(ctx.shape), flat, ctx.factor)
         shift = None
         if offset is not None and grad_zero is not None:
             levels = ctx.grid[1] - ctx.grid[0]

@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import lightning_qat as lq
 from lightning_qat.callbacks.layer_order import order_by_loss
 from lightning_qat.testing import assert_resume_exact
-from lightning_qat.transforms.prepare import qat_layers
+from lightning_qat.transforms.prepare import prepared_plan, qat_layers
 
 
 class Deep(Classifier):
@@ -91,7 +91,7 @@ class Asks(Callback):
         """Change the bits of a copy's layers one by one, in evaluation mode."""
         noise = {}
         for name in self.names:
-            copy = lq.prepare(Deep(), lq.callbacks.base.prepared_plan(module))
+            copy = lq.prepare(Deep(), prepared_plan(module))
             copy.load_state_dict(module.state_dict())
             copy.eval()
             with torch.no_grad():
