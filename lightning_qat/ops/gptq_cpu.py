@@ -33,22 +33,21 @@ def gptq_block_cpu(
         return _table_block(columns, factor, step, low, high, values, thresholds)
     left, errors, codes = columns.clone(), torch.empty_like(columns), torch.empty_like(columns)
     bounds = None if zero is None else ((low - zero).unbind(), (high - zero).unbind())
-    diagonal, steps = factor.diagonal().tolist(), step.unbind()
-    xs, es, cs = left.unbind(), errors.unbind(), codes.unbind()
+    steps, xs, es, cs = step.unbind(), left.unbind(), errors.unbind(), codes.unbind()
 
     def choose(j: int) -> None:
-        code, x = cs[j], xs[j]
-        torch.div(x, steps[j], out=code)
+        code = cs[j]
+        torch.div(xs[j], steps[j], out=code)
         # Clamping before rounding is the same between integer bounds.
         if bounds is None:
             code.clamp_(low, high).round_()
         else:
             torch.clamp(code, bounds[0][j], bounds[1][j], out=code).round_()
-        torch.mul(code, steps[j], out=es[j])
-        torch.sub(x, es[j], out=es[j]).div_(diagonal[j])
+        torch.addcmul(xs[j], code, steps[j], value=-1, out=es[j])
 
-    walk(left, errors, factor, choose)
-    return (codes if zero is None else codes.add_(zero)).to(torch.int16), errors
+    diagonal = factor.diagonal()[:, None]
+    walk(left, errors, factor / diagonal, choose)
+    return (codes if zero is None else codes.add_(zero)).to(torch.int16), errors.div_(diagonal)
 
 
 def _table_block(
@@ -62,24 +61,33 @@ def _table_block(
 ) -> tuple[Tensor, Tensor]:
     left, errors = columns.clone(), torch.empty_like(columns)
     codes = torch.empty_like(columns, dtype=torch.int16)
-    diagonal = factor.diagonal().tolist()
+    steps, xs, es, cs = step.unbind(), left.unbind(), errors.unbind(), codes.unbind()
 
     def choose(j: int) -> None:
-        codes[j], rounded = nearest_level(left[j], step[j], None, low, high, values, thresholds)
-        torch.sub(left[j], rounded, out=errors[j]).div_(diagonal[j])
+        code, rounded = nearest_level(xs[j], steps[j], None, low, high, values, thresholds)
+        cs[j].copy_(code)
+        torch.sub(xs[j], rounded, out=es[j])
 
-    walk(left, errors, factor, choose)
-    return codes, errors
+    diagonal = factor.diagonal()[:, None]
+    walk(left, errors, factor / diagonal, choose)
+    return codes, errors.div_(diagonal)
 
 
 def walk(left: Tensor, errors: Tensor, factor: Tensor, choose: Callable[[int], None]) -> None:
-    """Call ``choose`` for one column after the other, each with the errors before it made up for."""
-    count, xs = len(left), left.unbind()
+    """Call ``choose`` for one column after the other, each with the errors before it made up for.
+
+    Args:
+        left: the columns, ``[count, out_features]``; **changed**.
+        errors: what ``choose(j)`` writes the error of column ``j`` into, shaped so.
+        factor: what column ``k`` loses for an error of column ``j``, ``[count, count]``.
+        choose: called once ``left[j]`` is what it is to round.
+    """
+    count, xs, before, shares = len(left), left.unbind(), errors.t(), factor.t().contiguous().unbind()
     for start in range(0, count, _SUB_BLOCK):
         stop = min(start + _SUB_BLOCK, count)
         for j in range(start, stop):
             if j > start:
-                xs[j].addmv_(errors[start:j].t(), factor[start:j, j], alpha=-1)
+                xs[j].addmv_(before[:, start:j], shares[j][start:j], alpha=-1)
             choose(j)
         if stop < count:
             left[stop:].addmm_(factor[start:stop, stop:].t(), errors[start:stop], alpha=-1)

@@ -178,10 +178,10 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
     if bool(dead.any()):
         notes = (f"{int(dead.sum())} of {len(power)} input features were always 0: weights rounded to nearest",)
     # In units of the mean power nothing of this under- or overflows.
-    hessian = gram.to(torch.float64).div_(power.to(torch.float64).mean().clamp_min(torch.finfo(torch.float64).tiny))
+    hessian = gram / power.mean(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).to(torch.float32)
     hessian.diagonal().masked_fill_(dead, 1.0)
     order = torch.argsort(power, descending=True, stable=True) if options.activation_order else None
-    ordered = hessian if order is None else hessian[order][:, order]
+    ordered = hessian if order is None else hessian.index_select(0, order).index_select(1, order)
     order = torch.arange(len(power), device=gram.device) if order is None else order
     plain, damping = ordered.diagonal().clone(), options.damping
     while True:
@@ -191,7 +191,7 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
             hessian.diagonal().copy_(ordered.diagonal()[torch.argsort(order)])
             if damping != options.damping:
                 notes += (f"damping was raised from {options.damping:g} to {damping:g}",)
-            return _Solved(hessian.to(torch.float32), factor, order, damping), notes
+            return _Solved(hessian, factor, order, damping), notes
         damping = max(damping * _GROWTH, _FIRST_DAMPING)
         if damping > _MOST_DAMPING:
             return None, (*notes, "the Gram matrix has no inverse with any damping: weights were rounded to nearest")
@@ -214,7 +214,7 @@ def _choose(
 ) -> _Chosen:
     scale, zero = given if given is not None else _scales_of(weight, fmt, options, solved.hessian.diagonal())
     grid = column_grid(fmt, weight.shape, scale, zero)
-    columns = weight[:, solved.order].t().contiguous()
+    columns = weight.t().index_select(0, solved.order)
     width = part_columns(fmt, weight.shape)
     found = given is None and not options.static_groups and width is not None and width < weight.shape[1]
     walk = _GroupsWhenReached(grid, fmt, options, solved, int(width or 0), zero) if found else None

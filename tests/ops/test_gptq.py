@@ -1,0 +1,202 @@
+"""GPTQ on tensors against its own meaning: each column is rounded where the loss of all that is left is least."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_qat.ops import gptq_cpu
+from lightning_qat.ops.codebook_tables import codebook, thresholds
+from lightning_qat.ops.gptq import (
+    Levels,
+    Steps,
+    gptq_block_op,
+    gptq_columns,
+    inverse_factor,
+    nearest_level,
+    reference_gptq_block,
+)
+
+
+def gram_of(size: int, seed: int = 0, samples: int | None = None) -> Tensor:
+    """Return the Gram matrix of correlated inputs of different sizes, with some damping."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator) / size**0.5
+    inputs = torch.randn(samples or 4 * size, size, generator=generator) @ (mixing + 0.3 * torch.eye(size))
+    inputs *= torch.rand(size, generator=generator) * 3 + 0.1
+    gram = inputs.t() @ inputs
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    return gram
+
+
+def levels_of(kind: str) -> Levels:
+    if kind in ("nf4", "dynamic_tree"):
+        return Levels(0, 15, codebook(kind, "cpu"), thresholds(kind, "cpu", "cpu"))
+    return {"int4": Levels(-8, 7), "int8": Levels(-127, 127), "uint3": Levels(0, 7), "uint8": Levels(0, 255)}[kind]
+
+
+def block_of(count: int, rows: int, kind: str, seed: int = 0) -> tuple[Tensor, Tensor, Steps, Levels]:
+    """Return columns, the factor and the grid of a block."""
+    generator = torch.Generator().manual_seed(seed)
+    columns, levels = torch.randn(count, rows, generator=generator), levels_of(kind)
+    factor = inverse_factor(gram_of(count, seed))
+    assert factor is not None
+    step = torch.rand(count, rows, generator=generator) + 0.1
+    if levels.values is None:
+        step *= 4 / (levels.high - levels.low)
+    zero = None
+    if kind.startswith("u"):
+        zero = torch.randint(0, levels.high + 1, step.shape, generator=generator).float()
+    return columns, factor, Steps(step, zero), levels
+
+
+def by_least_loss(weight: Tensor, gram: Tensor, step: Tensor, zero: Tensor | None, levels: Levels) -> Tensor:
+    """The meaning of GPTQ in float64, with a linear system for each column and no factor.
+
+    Column j is rounded; then all columns after it take the values of least ``(w - w0) G (w - w0)^T``, those up to j
+    being what they were rounded to. ``weight`` is ``[in_features, out_features]``.
+    """
+    gram, start = gram.double(), weight.double()
+    now, codes = start.clone(), torch.empty(weight.shape, dtype=torch.int16)
+    for j in range(len(start)):
+        at_zero = None if zero is None else zero[j].double()
+        tables = (None, None) if levels.values is None else (levels.values.double(), levels.thresholds.double())
+        codes[j], now[j] = nearest_level(now[j], step[j].double(), at_zero, levels.low, levels.high, *tables)
+        rest = slice(j + 1, None)
+        pulled = gram[rest, : j + 1] @ (now[: j + 1] - start[: j + 1])
+        now[rest] = start[rest] - torch.linalg.solve(gram[rest, rest], pulled)
+    return codes
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 300, 513])
+def test_the_factor_is_upper_and_its_square_the_inverse(size: int) -> None:
+    gram = gram_of(size)
+    factor = inverse_factor(gram)
+    assert factor.dtype == torch.float32
+    assert torch.equal(factor, factor.triu())
+    assert bool((factor.diagonal() > 0).all())
+    square = factor.double().t() @ factor.double()
+    torch.testing.assert_close(square @ gram.double(), torch.eye(size, dtype=torch.float64), rtol=0, atol=2e-4)
+
+
+def test_huge_inputs_leave_the_factor_of_the_others_exact() -> None:
+    """As language models have them: one input is a thousand times the others, which float32 alone would not survive."""
+    gram = gram_of(256)
+    gram[3] *= 3e3
+    gram[:, 3] *= 3e3
+    expected = torch.linalg.cholesky(torch.linalg.inv(gram.double()), upper=True)
+    torch.testing.assert_close(inverse_factor(gram).double(), expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
+
+
+@pytest.mark.parametrize("what", ["negative", "nan", "inf", "singular"])
+def test_what_has_no_inverse_gives_none(what: str) -> None:
+    gram = torch.eye(8)
+    gram[2, 2] = {"negative": -1.0, "nan": float("nan"), "inf": float("inf"), "singular": 0.0}[what]
+    assert inverse_factor(gram) is None
+
+
+@pytest.mark.parametrize("kind", ["int4", "uint3", "nf4"])
+@pytest.mark.parametrize("block_size", [1, 16, 48])
+def test_codes_are_those_of_least_loss_column_by_column(kind: str, block_size: int) -> None:
+    weight, _, steps, levels = block_of(48, 20, kind)
+    gram = gram_of(48)
+    expected = by_least_loss(weight, gram, steps.step, steps.zero, levels)
+
+    def steps_of(start: int, stop: int, columns: Tensor) -> Steps:
+        return Steps(steps.step[start:stop], None if steps.zero is None else steps.zero[start:stop])
+
+    codes = gptq_columns(weight.clone(), inverse_factor(gram), steps_of, levels, block_size)
+    assert torch.equal(codes, expected)
+
+
+def test_rounding_to_nearest_is_something_else() -> None:
+    """So that the test above cannot pass with a factor that is ignored."""
+    weight, _, steps, levels = block_of(48, 20, "int4")
+    expected = by_least_loss(weight, gram_of(48), steps.step, None, levels)
+    nearest, _ = nearest_level(weight, steps.step, None, levels.low, levels.high)
+    assert 0.2 < (expected != nearest).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "uint3", "uint8", "nf4", "dynamic_tree"])
+@given(count=st.integers(1, 130), rows=st.sampled_from((1, 3, 64)), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_the_cpu_kernel_is_the_definition_up_to_the_order_of_sums(kind: str, count: int, rows: int, seed: int) -> None:
+    columns, factor, steps, levels = block_of(count, rows, kind, seed)
+    before = columns.clone()
+    codes, errors = gptq_block_op(columns, factor, *steps, *levels)
+    exact, expected = reference_gptq_block(
+        columns.double(), factor.double(), *(None if t is None else t.double() for t in steps), *levels[:2],
+        *(None if t is None else t.double() for t in levels[2:]),
+    )  # fmt: skip
+    assert codes.dtype == torch.int16
+    assert torch.equal(columns, before)
+    same = (codes == exact).all(0)  # a code at a tie may fall to the other side, and others of its row follow
+    assert same.float().mean() >= (0.97 if rows == 64 else 0)
+    torch.testing.assert_close(errors[:, same].double(), expected[:, same], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sub_block", [1, 5, 32, 200])
+def test_the_size_of_sub_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch, sub_block: int) -> None:
+    columns, factor, steps, levels = block_of(70, 33, "int4", 3)
+    expected, _ = reference_gptq_block(columns, factor, *steps, *levels)
+    monkeypatch.setattr(gptq_cpu, "_SUB_BLOCK", sub_block)
+    assert torch.equal(gptq_block_op(columns, factor, *steps, *levels)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+def test_columns_that_are_not_contiguous_and_zeros(kind: str) -> None:
+    columns, factor, steps, levels = block_of(40, 12, kind)
+    strided = torch.stack((columns, torch.full_like(columns, torch.nan)), dim=-1)[..., 0]
+    expected = gptq_block_op(columns, factor, *steps, *levels)
+    for found, right in zip(gptq_block_op(strided, factor, *steps, *levels), expected, strict=True):
+        assert torch.equal(found, right)
+    codes, errors = gptq_block_op(torch.zeros_like(columns), factor, *steps, *levels)
+    assert codes.eq(7 if kind == "nf4" else 0).all()
+    assert errors.eq(0).all()
+
+
+def test_a_block_of_zeros_stays_zero_in_a_codebook() -> None:
+    columns, factor, steps, levels = block_of(8, 4, "nf4")
+    steps.step[3:6] = 0.0
+    codes, errors = gptq_block_op(columns, factor, *steps, *levels)
+    assert bool(torch.isfinite(errors).all())
+    _, rounded = nearest_level(columns[3:6], steps.step[3:6], None, *levels)
+    assert rounded.eq(0).all()
+
+
+def test_the_columns_end_as_they_were_when_they_were_rounded() -> None:
+    weight, factor, steps, levels = block_of(48, 6, "int4")
+    left = weight.clone()
+    codes = gptq_columns(left, factor, lambda a, b, _: Steps(steps.step[a:b], None), levels, 16)
+    # Blocks but the first have taken up the errors before them.
+    assert torch.equal(left[:16], weight[:16])
+    assert not torch.equal(left[16:], weight[16:])
+    assert codes.shape == weight.shape
+
+
+def test_steps_are_asked_for_with_the_columns_as_they_are_by_then() -> None:
+    weight, factor, steps, levels = block_of(48, 6, "int4")
+    seen = []
+
+    def steps_of(start: int, stop: int, columns: Tensor) -> Steps:
+        seen.append((start, stop, columns[start:stop].clone()))
+        return Steps(steps.step[start:stop], None)
+
+    gptq_columns(weight.clone(), factor, steps_of, levels, 20)
+    assert [(a, b) for a, b, _ in seen] == [(0, 20), (20, 40), (40, 48)]
+    assert torch.equal(seen[0][2], weight[:20])
+    assert not torch.equal(seen[2][2], weight[40:])
+
+
+@pytest.mark.parametrize("kind", ["int4", "uint3", "nf4"])
+def test_opcheck(kind: str) -> None:
+    columns, factor, steps, levels = block_of(9, 5, kind)
+    torch.library.opcheck(gptq_block_op, (columns, factor, *steps, *levels))
+
+
+def test_nothing_to_do() -> None:
+    codes, errors = gptq_block_op(torch.empty(4, 0), torch.eye(4), torch.empty(4, 0), None, -8, 7, None, None)
+    assert codes.shape == errors.shape == (4, 0)
