@@ -1,0 +1,164 @@
+"""Scaling the channels of one block before its codes are chosen: AWQ and SmoothQuant in the engine.
+
+:func:`scale_block` changes the float weights so that the block computes what it did, and returns the statistics of the
+inputs as they are then; any algorithm may choose codes after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_qat.nn import QATLayer
+from lightning_qat.ptq.awq import AWQOptions, rows_are_independent, search_scales
+from lightning_qat.ptq.folding import Fold, apply_fold, find_folds
+from lightning_qat.ptq.smoothing import SmoothingOptions, search_smoothing
+from lightning_qat.ptq.statistics import InputStatistics
+from lightning_qat.ptq.watch import Run
+
+
+@dataclass(frozen=True, eq=False)
+class GroupScaling:
+    """What became of the layers that share an input.
+
+    Args:
+        fold: which layers, and where their scale went or why nowhere.
+        scales: float32 ``[K]``: weights were multiplied by them, the source divided; None if nothing was changed.
+        loss: of the weights rounded to nearest, with the scales.
+        plain_loss: the same without.
+        alpha: exponent of the inputs' magnitude.
+    """
+
+    fold: Fold
+    scales: Tensor | None = None
+    loss: float | None = None
+    plain_loss: float | None = None
+    alpha: float | None = None
+
+    @property
+    def note(self) -> str:
+        """What a reader of the report should know."""
+        if self.fold.source is None:
+            return f"no scale: {self.fold.reason}"
+        if self.scales is None or self.loss is None or self.plain_loss is None:
+            return "no scale: none is better"
+        return f"scale in {self.fold.source.name!r}: {self.loss / max(self.plain_loss, 1e-30):.3f} of the loss without"
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScaling:
+    """What :func:`scale_block` did.
+
+    Args:
+        groups: in the order of the groups that were given.
+        statistics: of the layers' inputs as they are now.
+    """
+
+    groups: tuple[GroupScaling, ...]
+    statistics: Mapping[str, InputStatistics]
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """For the next block: ``like``."""
+        return tuple(group.fold for group in self.groups)
+
+    @property
+    def changed(self) -> dict[str, nn.Module]:
+        """Modules that took in a scale, by name within the block: their parameters are others now."""
+        sources = [group.fold.source for group in self.groups if group.scales is not None]
+        return {source.name: source.module for source in sources if source is not None}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Layer -> what a reader of the report should know."""
+        return {name: group.note for group in self.groups for name in group.fold.layers}
+
+
+def scale_block(
+    block: nn.Module,
+    layers: Mapping[str, QATLayer],
+    groups: Sequence[Sequence[str]],
+    statistics: Mapping[str, InputStatistics],
+    run: Run,
+    options: AWQOptions | SmoothingOptions | None = None,
+    *,
+    untouchable: frozenset[int] = frozenset(),
+    like: Sequence[Fold] = (),
+) -> BlockScaling:
+    """Multiply the weights of layers that share an input by the scales of least loss and divide what makes the input.
+
+    The block computes the same in float. Parameters are replaced, not written to.
+
+    Args:
+        block: in evaluation mode; a whole model where it has no blocks.
+        layers: prepared, by name.
+        groups: names of layers that share an input, see :func:`lightning_qat.ptq.watch.find_shared_inputs`.
+        statistics: of the layers' inputs; a group without is left alone.
+        run: runs ``block`` on a batch and returns its output, the same each time.
+        options: of AWQ or of SmoothQuant.
+        untouchable: see :func:`lightning_qat.ptq.channels.shared_parameters`.
+        like: folds of a block built alike, which spare most of the tries.
+    """
+    options = options or AWQOptions()
+    able = [tuple(group) for group in groups if not _kept_apart(group, layers, statistics)]
+    folds = {
+        fold.layers: fold
+        for fold in find_folds(block, layers, able, run, untouchable=untouchable, allowed=_takes_rows, like=like)
+    }
+    changed = dict(statistics)
+    scalings = []
+    for group in map(tuple, groups):
+        fold = folds.get(group) or Fold(group, reason=_kept_apart(group, layers, statistics))
+        scaling = GroupScaling(fold) if fold.source is None else _search(fold, layers, statistics, options)
+        if scaling.scales is not None:
+            apply_fold(fold, layers, scaling.scales)
+            divided = statistics[group[0]].divided_by(scaling.scales)
+            changed |= dict.fromkeys(group, divided)
+        scalings.append(scaling)
+    return BlockScaling(tuple(scalings), changed)
+
+
+def _kept_apart(group: Sequence[str], layers: Mapping[str, QATLayer], statistics: Mapping[str, InputStatistics]) -> str:
+    """Return why a group is not scaled whatever makes its inputs, or nothing."""
+    for name in group:
+        if name not in statistics:
+            return f"{name!r} got no input, or one without a Gram matrix"
+        if statistics[name].gram.dim() != 2:
+            return f"{name!r} has several groups of channels"
+        if _has_given_grid(layers[name]):
+            return f"the scales of {name!r} are given"
+    return ""
+
+
+def _has_given_grid(layer: QATLayer) -> bool:
+    quantizer = layer.weight_quantizer
+    return quantizer.frozen or (quantizer.learned is not None and quantizer.learned.ready)
+
+
+def _takes_rows(module: nn.Module) -> bool:
+    """Return whether a module's rows can be divided without changing how it is quantized itself."""
+    if not isinstance(module, QATLayer):
+        return True
+    fmt = module.weight_quantizer.format
+    return rows_are_independent(fmt, module.weight.shape) and not _has_given_grid(module)
+
+
+def _search(
+    fold: Fold,
+    layers: Mapping[str, QATLayer],
+    statistics: Mapping[str, InputStatistics],
+    options: AWQOptions | SmoothingOptions,
+) -> GroupScaling:
+    weights = [layers[name].weight.detach() for name in fold.layers]
+    formats = [layers[name].weight_quantizer.format for name in fold.layers]
+    seen = statistics[fold.layers[0]]
+    tied = None if fold.tied is None else fold.tied.to(seen.gram.device)
+    if isinstance(options, SmoothingOptions):
+        smooth = search_smoothing(weights, seen, formats, options, tied)
+        scales = None if smooth.alpha is None else smooth.scales
+        return GroupScaling(fold, scales, smooth.loss, smooth.plain_loss, smooth.alpha)
+    found = search_scales(weights, seen.gram, seen.mean_magnitude, formats, options, tied)
+    scales = None if found.alpha is None and not found.refined else found.scales
+    return GroupScaling(fold, scales, found.loss, found.plain_loss, found.alpha)
