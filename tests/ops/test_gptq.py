@@ -161,7 +161,7 @@ def test_columns_that_are_not_contiguous_and_zeros(kind: str) -> None:
 def test_a_block_of_zeros_stays_zero_in_a_codebook() -> None:
     columns, factor, steps, levels = block_of(8, 4, "nf4")
     steps.step[3:6] = 0.0
-    codes, errors = gptq_block_op(columns, factor, *steps, *levels)
+    _, errors = gptq_block_op(columns, factor, *steps, *levels)
     assert bool(torch.isfinite(errors).all())
     _, rounded = nearest_level(columns[3:6], steps.step[3:6], None, *levels)
     assert rounded.eq(0).all()
