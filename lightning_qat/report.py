@@ -27,6 +27,7 @@ class Variant:
         agreement: share of predictions with the float model's top-1; None where unknown.
         sqnr_db: of its outputs against those of the model it was converted from; None where unknown.
         milliseconds: batch -> median time of a forward pass, where that was measured.
+        float_sqnr_db: of its outputs against those of the float model; None where unknown.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Variant:
     agreement: float | None = None
     sqnr_db: float | None = None
     milliseconds: Mapping[int, float] = field(default_factory=dict)
+    float_sqnr_db: float | None = None
 
     def row(self) -> dict[str, Any]:
         """Return the row as builtins.
@@ -47,6 +49,7 @@ class Variant:
             "bytes": self.bytes_on_disk,
             "agreement_with_float": self.agreement,
             "sqnr_db": self.sqnr_db,
+            "sqnr_with_float_db": self.float_sqnr_db,
             **{f"ms_batch_{batch}": value for batch, value in self.milliseconds.items()},
         }
         return {key: _json_value(value) for key, value in row.items()}
@@ -77,6 +80,12 @@ def results_table(variants: Sequence[Variant], *, title: str | None = None) -> T
             *(_number(variant.milliseconds.get(batch), ",.2f") for batch in batches),
         )
     return table
+
+
+def distance_line(variants: Sequence[Variant]) -> str | None:
+    """Return how far the outputs of each variant are from the float model's, or None where that is not known."""
+    known = [f"{v.name} {v.float_sqnr_db:.1f} dB" for v in variants if v.float_sqnr_db is not None]
+    return f"SQNR of the outputs with float's: {', '.join(known)}" if known else None
 
 
 def write_results(variants: Sequence[Variant], path: Path, **facts: Any) -> None:

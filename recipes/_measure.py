@@ -45,7 +45,8 @@ class Measurement:
         """Return the row of the final table, compared with the float model and the one that was trained."""
         agreement = None if like is None else self.agreement(like)
         sqnr_db = None if trained is None else self.sqnr_db(trained)
-        return Variant(name, self.metrics, bytes_on_disk, agreement, sqnr_db, milliseconds or {})
+        distance = None if like is None else self.sqnr_db(like)
+        return Variant(name, self.metrics, bytes_on_disk, agreement, sqnr_db, milliseconds or {}, distance)
 
     def agreement(self, other: Measurement) -> float | None:
         """Return the share of equal top-1 predictions, or None where they cannot be compared."""

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_qat.report import Variant, draw_results, results_table, write_results
+from lightning_qat.report import Variant, distance_line, draw_results, results_table, write_results
 from lightning_qat.transforms import LayerStatistics, ParityReport
 
 from ._files import PICTURE, RESULTS
@@ -34,6 +34,9 @@ def show(variants: Sequence[Variant], folder: Path, report: ParityReport | None,
     except ModuleNotFoundError as error:
         logger.warning("no picture: %s", error)
     console.print(results_table(variants))
+    distance = distance_line(variants)
+    if distance is not None:
+        console.print(distance, soft_wrap=True, highlight=False)
     for line in times.lines():
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"Certificate: {certificate or 'none, the model was saved without'}", soft_wrap=True, highlight=False)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lightning_qat.report import Variant, draw_results, main_metric, results_table, write_results
+from lightning_qat.report import Variant, distance_line, draw_results, main_metric, results_table, write_results
 
 VARIANTS = [
     Variant("float", {"test/loss": 0.01, "test/acc": 0.99}, 1_000_000),
@@ -67,6 +67,13 @@ def test_the_table_fits_into_80_columns() -> None:
     assert len(text.splitlines()) == 3 + len(VARIANTS)
 
 
+def test_the_distance_from_float_is_told_where_it_is_known() -> None:
+    assert distance_line(VARIANTS) is None
+    told = [VARIANTS[0], replace(VARIANTS[1], float_sqnr_db=12.34), replace(VARIANTS[2], float_sqnr_db=float("inf"))]
+    assert distance_line(told) == "SQNR of the outputs with float's: PTQ 12.3 dB, QAT inf dB"
+    assert told[1].row()["sqnr_with_float_db"] == 12.34
+
+
 def test_json_is_valid_and_holds_all(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write_results(VARIANTS, path, seed=3, ratio=float("nan"))
@@ -81,6 +88,7 @@ def test_json_is_valid_and_holds_all(tmp_path: Path) -> None:
         "bytes": 250_000,
         "agreement_with_float": 0.99,
         "sqnr_db": "inf",
+        "sqnr_with_float_db": None,
     }
 
 

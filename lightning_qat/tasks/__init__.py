@@ -9,6 +9,7 @@ from lightning_qat.tasks.resnet import SmallResNet
 from lightning_qat.tasks.sentence_encoder import SentenceEncoder
 from lightning_qat.tasks.smollm2 import load_smollm2, smollm2_tokenizer
 from lightning_qat.tasks.transformers_models import load_huggingface
+from lightning_qat.tasks.unlabelled_classifier import UnlabelledClassifier
 
 __all__ = [
     "ImageClassifier",
@@ -17,6 +18,7 @@ __all__ = [
     "SentenceEncoder",
     "SmallGPT",
     "SmallResNet",
+    "UnlabelledClassifier",
     "load_huggingface",
     "load_minilm",
     "load_mobilenet_v2",

@@ -71,7 +71,9 @@ class ImageClassifier(L.LightningModule):
 
     def _evaluate(self, part: str, batch: tuple[Tensor, Tensor], accuracy: MeanMetric) -> None:
         images, labels = batch
-        logits = self(images)
+        self._evaluate_logits(part, self(images), labels, accuracy)
+
+    def _evaluate_logits(self, part: str, logits: Tensor, labels: Tensor, accuracy: MeanMetric) -> None:
         accuracy.update((logits.argmax(-1) == labels).float())
         self.log(f"{part}/acc", accuracy, prog_bar=True)
         self.log(f"{part}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
