@@ -8,6 +8,7 @@ stay with the attention under their names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_qat.nn.attention_core import CalledProjections
 from lightning_qat.nn.layer import LAYER_CLASSES, QATLayer, make_qat, shallow_copy_into, unmake_qat
 from lightning_qat.nn.linear import QATLinear, QuantizedLinear
 from lightning_qat.nn.recompute import LayerFunction, fake_quantize_again, made_again_in_backward
+from lightning_qat.nn.recurrent import RecurrentLayer, prepared_names
 from lightning_qat.nn.single import single_layer_configs
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
 
@@ -342,8 +344,9 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the parameters and buffers of ``module`` under the names that they have once it is converted."""
     if type(module) is Projection:
         return {"weight": module.weight, "bias": module.bias}
-    found = module._parameters | module._buffers
-    return {k: v for k, v in found.items() if not isinstance(module, QATMultiheadAttention) or k not in _PACKED}
+    gone: Sequence[str] = _PACKED if isinstance(module, QATMultiheadAttention) else ()
+    gone = prepared_names(module) if isinstance(module, RecurrentLayer) else gone
+    return {k: v for k, v in (module._parameters | module._buffers).items() if k not in gone}
 
 
 @torch.no_grad()

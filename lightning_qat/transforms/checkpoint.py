@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +22,8 @@ from lightning_qat.nn import (
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
-    QuantizedMultiheadAttention,
     keep_codes_inside,
 )
-from lightning_qat.nn.attention import can_be_split, own_projections, split
 from lightning_qat.nn.layer import float_type, make_quantized, supported_class
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.transforms.certificate import (
@@ -40,6 +36,7 @@ from lightning_qat.transforms.certificate import (
 )
 from lightning_qat.transforms.convert import drop_norm
 from lightning_qat.transforms.prepare import leave_fast_paths
+from lightning_qat.transforms.saved_split import QuantizedFileError, split_as_saved, split_layers_saved
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -50,10 +47,6 @@ MANIFEST = "manifest.json"
 
 _QUANTIZED_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 _EXTRA_STATE = "_extra_state"
-
-
-class QuantizedFileError(ValueError):
-    """A saved model is missing, damaged, altered, of another version or of another model."""
 
 
 def _digest(path: Path) -> str:
@@ -115,11 +108,7 @@ def _manifest(model: nn.Module, aliases: dict[str, str], extra: dict[str, Any], 
         "sha256": _digest(folder / TENSORS),
         "layers": layers,
         "folded_norms": [n for n, m in model.named_modules() if isinstance(m, FoldedBatchNorm)],
-        "attentions": {
-            n: {"product_bits": m.product_bits}
-            for n, m in model.named_modules()
-            if isinstance(m, QuantizedMultiheadAttention)
-        },
+        **split_layers_saved(model),
         "aliases": aliases,
         "extra_state": extra,
     }
@@ -265,29 +254,6 @@ def _check_layer(folder: Path, name: str, entry: dict[str, Any], modules: dict[s
     return layer
 
 
-@contextlib.contextmanager
-def _attentions_split(folder: Path, model: nn.Module, entries: dict[str, Any]) -> Iterator[None]:
-    """Give attentions of ``model`` projections of their own, as conversion did; undone if what follows fails."""
-    modules, done = dict(model.named_modules()), []
-    try:
-        for name, entry in entries.items():
-            attention = modules.get(name)
-            if not isinstance(attention, nn.MultiheadAttention) or not can_be_split(attention):
-                found = f"a {type(attention).__name__} there" if attention is not None else "nothing of that name"
-                raise QuantizedFileError(
-                    f"{folder} holds an nn.MultiheadAttention {name!r}, and the model has {found}; build the same model"
-                )
-            done.append((attention, attention.__dict__.copy(), attention._parameters.copy(), attention._modules.copy()))
-            split(attention)
-            own_projections(attention, entry["product_bits"])
-        yield
-    except BaseException:
-        for attention, attributes, parameters, children in done:
-            attention.__class__ = nn.MultiheadAttention
-            attention.__dict__.update({**attributes, "_parameters": parameters, "_modules": children})
-        raise
-
-
 def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
     """Fill a freshly built float model from a folder that :func:`save_quantized` wrote.
 
@@ -306,7 +272,7 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
     folder = Path(path)
     manifest = read_manifest(folder)
     tensors, report = _read_tensors(folder, manifest), _read_certificate(folder, manifest)
-    with _attentions_split(folder, model, manifest.get("attentions", {})):
+    with split_as_saved(folder, model, manifest):
         modules = dict(model.named_modules())
         layers = {name: _check_layer(folder, name, entry, modules) for name, entry in manifest["layers"].items()}
         _check_names(folder, model, manifest, tensors)

@@ -24,6 +24,7 @@ from lightning_qat.nn.attention import own_projections
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import make_quantized, unmake_qat
 from lightning_qat.nn.norm import norm_factor_and_shift
+from lightning_qat.nn.recurrent import RecurrentLayer, own_weights, prepared_names
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
 from lightning_qat.quantizers.learned_scale import LearnedScale, check_scales
 from lightning_qat.quantizers.sharded import is_sharded
@@ -200,7 +201,8 @@ def drop_norm(norm: nn.Module) -> None:
 def convert_layers(model: nn.Module, layers: Iterable[tuple[str, QATLayer]]) -> None:
     """Convert some of the prepared layers of ``model`` in place, with the BatchNorm that they take in.
 
-    It is decided before which BatchNorm that is. Attentions convert as a whole: all projections of one, or none.
+    It is decided before which BatchNorm that is. Attentions and recurrent layers convert as a whole: all
+    weights of one, or none.
 
     Args:
         model: a prepared model, or one of which other layers are converted already.
@@ -211,6 +213,8 @@ def convert_layers(model: nn.Module, layers: Iterable[tuple[str, QATLayer]]) -> 
     for module in model.modules():
         if isinstance(module, QATMultiheadAttention) and any(id(child) in converting for child in module.children()):
             own_projections(module, module.planned_product_bits())
+        elif isinstance(module, RecurrentLayer) and any(id(child) in converting for child in module.children()):
+            own_weights(module, prepared_names(module))
     found = [(name, layer, _norm_of(model, name, layer)) for name, layer in chosen]
     for name, layer, norm in found:
         _convert_layer(name, layer, norm)

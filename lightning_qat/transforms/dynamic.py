@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Set
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, Union
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_qat.config import PRESETS, QATConfig, QuantizationConfig, nearest_first
-from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.nn import QATLayer, QuantizedLayer, RecurrentLayer, recurrent
 from lightning_qat.nn.layer import make_qat
 from lightning_qat.nn.single import single_layer_configs
 from lightning_qat.schemes import get_scheme
@@ -24,8 +23,6 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 #: A layer type, or the exact name of a module.
 Key: TypeAlias = Union[type[nn.Module], str]
-
-logger = logging.getLogger(__name__)
 
 _DEFAULT = "int8_dynamic"
 
@@ -46,8 +43,8 @@ _QSCHEMES = {
     torch.per_channel_affine: (False, True),
 }
 
-#: What torch.ao quantizes by default besides Linear, and this library does not.
-_LEFT_IN_FLOAT = (nn.RNNBase, nn.RNNCellBase)
+#: What torch.ao quantizes by default.
+_BY_DEFAULT: tuple[type[nn.Module], ...] = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.RNNCell, nn.GRUCell)
 
 
 def quantize_dynamic(
@@ -61,17 +58,18 @@ def quantize_dynamic(
 
     The call of ``torch.ao.quantization.quantize_dynamic``. Its default here is the preset ``"int8_dynamic"``: one
     weight scale for each output channel and one activation scale for each token, symmetric; torch's own kernel has
-    one for the weight and one, asymmetric, for the whole input. LSTM, GRU and their cells stay in float where torch
-    has kernels for them. BatchNorm is not folded, and nothing needs calibration.
+    one for the weight and one, asymmetric, for the whole input. Of LSTM, GRU, RNN and their cells the weights are
+    quantized, one scale for each row of a gate; inputs and states stay in float, where torch's kernels quantize them
+    too. BatchNorm is not folded, and nothing needs calibration.
 
     Args:
         model: an ``nn.Module`` or ``LightningModule``.
-        qconfig_spec: what to quantize. None is every ``nn.Linear``. A set holds layer types, which mean their
-            subclasses too, and exact module names; a mapping says for each how: with a preset's name, a
-            :class:`QATConfig`, a :class:`QuantizationConfig` (weight-only), None (stay in float) or a torch
-            ``QConfig``, of which the weight is read as torch does; its activations have one asymmetric 8-bit range
-            for each call. A name goes before a type, a type before what an outer module says, and a ``qconfig``
-            attribute of a module before all. What an outer module says is meant for the Linears in it;
+        qconfig_spec: what to quantize. None is what torch takes: Linear, LSTM, GRU and recurrent cells. A set holds
+            layer types, which mean their subclasses too, and exact module names; a mapping says for each how: with a
+            preset's name, a :class:`QATConfig`, a :class:`QuantizationConfig` (weight-only), None (stay in float) or
+            a torch ``QConfig``, of which the weight is read as torch does; its activations have one asymmetric 8-bit
+            range for each call. A name goes before a type, a type before what an outer module says, and a ``qconfig``
+            attribute of a module before all. What an outer module says is meant for Linears and recurrent layers in it;
             convolutions and embeddings are quantized where their own type or name is given.
         dtype: ``torch.qint8``. Not read where ``qconfig_spec`` is a mapping.
         mapping: None; there for the signature.
@@ -97,13 +95,16 @@ def quantize_dynamic(
     replica = copy_model(original, {id(tensor): tensor for tensor in tensors}).eval()
     layers = dict(replica.named_modules())
     for name, (weight, activation) in chosen.items():
-        make_qat(layers[name], weight, activation, name or type(original).__name__)
+        for part, layer in _parts(name or type(original).__name__, layers[name]):
+            make_qat(layer, weight, activation, part)
     decide_no_folding(replica)
     converted = convert(replica)
     if not inplace:
         return converted
     for name, layer in converted.named_modules():
-        if isinstance(layer, QuantizedLayer):
+        if isinstance(layer, RecurrentLayer):
+            _become_recurrent(original.get_submodule(name), layer)
+        elif isinstance(layer, QuantizedLayer) and not isinstance(layer, recurrent.RecurrentWeight):
             _become(original.get_submodule(name), layer)
     leave_fast_paths(original)
     model.eval()
@@ -117,7 +118,7 @@ def _configs(spec: Any, dtype: torch.dtype) -> dict[Key, LayerConfigs | None]:
     elif spec is None or isinstance(spec, (Set, list, tuple)):
         if dtype is not torch.qint8:
             raise ValueError(_dtype_message(dtype))
-        found = dict.fromkeys((nn.Linear,) if spec is None else spec, _layer_configs(nn.Linear, _DEFAULT))
+        found = dict.fromkeys(_BY_DEFAULT if spec is None else spec, _layer_configs(nn.Linear, _DEFAULT))
     else:
         raise ValueError(f"qconfig_spec={spec!r} is not allowed; use None, a set of layer types and names, or a dict")
     for key in found:
@@ -202,12 +203,14 @@ def _choose(model: nn.Module, spec: dict[Key, LayerConfigs | None]) -> dict[str,
             state = "prepared" if isinstance(module, QATLayer) else "converted"
             raise ValueError(f"layer {name!r} of {type(model).__name__} is already {state}; give a float model")
     layers = {id(layer): name for name, layer in candidate_layers(model).items()}
+    layers |= {id(module): name for name, module in model.named_modules() if recurrent.can_be_split(module)}
     _check_keys(model, spec, layers)
     decided: dict[str, LayerConfigs | None] = {}
     for module, own, inherited in _walk(model, "", spec, None):
         if id(module) not in layers:
             continue
-        wanted = own if own is not None or not isinstance(module, nn.Linear) else inherited
+        inherits = isinstance(module, nn.Linear) or recurrent.can_be_split(module)
+        wanted = own if own is not None or not inherits else inherited
         if wanted is not None:
             decided.setdefault(layers[id(module)], wanted[0])
     chosen = {name: configs for name, configs in decided.items() if configs is not None}
@@ -215,10 +218,15 @@ def _choose(model: nn.Module, spec: dict[Key, LayerConfigs | None]) -> dict[str,
         looked_for = ", ".join(_shown(key) for key in spec) or "nothing"
         found = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
         raise ValueError(f"no layer to quantize: looked for {looked_for}; {type(model).__name__} has: {found}")
-    for name, module in model.named_modules():
-        if isinstance(module, _LEFT_IN_FLOAT):
-            logger.info("layer %r stays in float: %s has no quantized counterpart", name, type(module).__name__)
     return chosen
+
+
+def _parts(name: str, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the names and layers that ``layer`` stands for: the weights of a recurrent one, which is split."""
+    if not recurrent.can_be_split(layer):
+        return [(name, layer)]
+    recurrent.split(layer)
+    return [(f"{name}.{part}", child) for part, child in layer.named_children()]
 
 
 _UNMARKED = object()
@@ -265,6 +273,19 @@ def _check_keys(model: nn.Module, spec: dict[Key, LayerConfigs | None], layers: 
 
 def _shown(key: Key) -> str:
     return repr(key) if isinstance(key, str) else key.__name__
+
+
+def _become_recurrent(layer: nn.Module, converted: nn.Module) -> None:
+    """Turn a recurrent layer into ``converted``, in place; the biases are the user's own parameters."""
+    own = {name: layer._parameters[name] for name, p in converted._parameters.items() if p is not None}
+    layer.__class__ = type(converted)
+    layer._parameters.update({**converted._parameters, **own})
+    layer._modules.update(converted._modules)
+    for child in converted.children():
+        if isinstance(child, recurrent.RecurrentWeight):
+            child.__dict__["owner"] = layer
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()
 
 
 def _become(layer: nn.Module, converted: nn.Module) -> None:

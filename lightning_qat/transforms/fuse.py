@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_qat.nn import QATLayer, QATMultiheadAttention
+from lightning_qat.nn import QATLayer, QATMultiheadAttention, RecurrentLayer
 from lightning_qat.nn.layer import float_type
 from lightning_qat.transforms.prepare import copy_model, qat_layers
 
@@ -137,7 +137,7 @@ def watch_folds(model: nn.Module) -> Iterator[None]:
 
 class _LeafTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (QATLayer, QATMultiheadAttention, _BatchNorm)) or super().is_leaf_module(
+        return isinstance(m, (QATLayer, QATMultiheadAttention, RecurrentLayer, _BatchNorm)) or super().is_leaf_module(
             m, module_qualified_name
         )
 

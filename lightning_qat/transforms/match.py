@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.config import LayerRule, QuantizationConfig, QuantizationPlan, nearest_first
-from lightning_qat.nn import QATLayer, QATMultiheadAttention, QuantizedLayer
-from lightning_qat.nn.attention import PROJECTIONS, can_be_split, split
+from lightning_qat.nn import QATLayer, QATMultiheadAttention, QuantizedLayer, recurrent
+from lightning_qat.nn import attention as attentions
+from lightning_qat.nn.attention import PROJECTIONS
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import supported_class
 
 logger = logging.getLogger(__name__)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: What the base of a plan leaves in float: look-ups, and weights whose error comes back in every time step.
+_BY_RULE = (nn.Embedding, recurrent.RecurrentWeight)
 
 #: Weight and activation config of one layer.
 LayerConfigs = tuple[QuantizationConfig, "QuantizationConfig | None"]
@@ -32,12 +36,39 @@ def _inside_attention(model: nn.Module) -> set[int]:
     return owned
 
 
-def split_attention(model: nn.Module) -> list[nn.MultiheadAttention]:
-    """Let every attention of ``model`` call its projections, in place, so that they can be matched; return these."""
-    found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and can_be_split(m)]
-    for attention in found:
-        split(attention)
+def split_layers(model: nn.Module) -> list[nn.Module]:
+    """Let layers that only read their weights call them, in place, so that these can be matched; return the layers.
+
+    That is every attention and every recurrent layer.
+    """
+    found = [m for m in model.modules() if _room_of(m).can_be_split(m)]
+    for module in found:
+        _room_of(module).split(module)
     return found
+
+
+def settle_layers(split: list[nn.Module]) -> None:
+    """Turn those that :func:`split_layers` returned, and that hold nothing prepared, back into what they were."""
+    for module in split:
+        prepared = any(isinstance(child, QATLayer) for child in module.children())
+        (_room_of(module).settle if prepared else _room_of(module).merge)(module)
+
+
+def merge_layers(split: list[nn.Module]) -> None:
+    """Turn those that :func:`split_layers` returned back into what they were."""
+    for module in split:
+        _room_of(module).merge(module)
+
+
+def _room_of(module: nn.Module) -> Any:
+    return attentions if isinstance(module, nn.MultiheadAttention) else recurrent
+
+
+def _parts_of(module: nn.Module) -> list[nn.Module]:
+    """Return the layers that rules for ``module`` mean, where it is split."""
+    if isinstance(module, QATMultiheadAttention):
+        return [getattr(module, part) for part in PROJECTIONS]
+    return list(module.children()) if isinstance(module, recurrent.RecurrentLayer) else []
 
 
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,14 +96,13 @@ def _rule_matches(rule: LayerRule, names: list[str], modules: list[nn.Module]) -
 
 
 def _all_names(model: nn.Module) -> dict[int, list[str]]:
-    """Return the names of every module; those of an attention stand for its projections too."""
+    """Return the names of every module; those of an attention stand for its projections too, and so on."""
     names: dict[int, list[str]] = {}  # a layer of two parents goes by two names
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    for attention in model.modules():
-        if isinstance(attention, QATMultiheadAttention):
-            for part in PROJECTIONS:
-                names[id(getattr(attention, part))] += names[id(attention)]
+    for module in model.modules():
+        for part in _parts_of(module):
+            names[id(part)] += names[id(module)]
     return names
 
 
@@ -91,7 +121,7 @@ def _unmatched(rule: LayerRule, layers: dict[str, nn.Module]) -> ValueError:
 def match_layers(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerConfigs]:
     """Return name -> ``(weight config, activation config)`` of every layer that ``plan`` quantizes.
 
-    The base covers Linear and convolutions; embeddings are reached by rules. Later rules win.
+    The base covers Linear and convolutions; embeddings and recurrent layers are reached by rules. Later rules win.
 
     Raises:
         ValueError: if a rule matches nothing, or nothing is to be quantized at all.
@@ -100,10 +130,9 @@ def match_layers(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerCon
     matched: dict[str, LayerConfigs | None] = {}
     if plan.base is not None:
         configs = plan.base.weight_config(), plan.base.activation_config()  # type: ignore[union-attr]
-        matched = {name: configs for name, module in layers.items() if not isinstance(module, nn.Embedding)}
+        matched = {name: configs for name, module in layers.items() if not isinstance(module, _BY_RULE)}
     names = _all_names(model)
-    attentions = [module for module in model.modules() if isinstance(module, QATMultiheadAttention)]
-    owners: dict[int, nn.Module] = {id(getattr(each, part)): each for each in attentions for part in PROJECTIONS}
+    owners = {id(part): module for module in model.modules() for part in _parts_of(module)}
     for rule in plan.rules:
         hits = [
             name

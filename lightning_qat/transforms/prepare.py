@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
-from lightning_qat.nn.attention import merge, settle
 from lightning_qat.nn.layer import make_qat, unmake_qat
-from lightning_qat.transforms.match import match_layers, split_attention
+from lightning_qat.transforms.match import match_layers, merge_layers, settle_layers, split_layers
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -91,7 +90,7 @@ def prepare(model: ModelT, plan: PlanLike = "int8") -> ModelT:
             state = "prepared" if isinstance(module, QATLayer) else "converted"
             raise ValueError(f"layer {name!r} of {type(model).__name__} is already {state}; prepare a float model")
     done: list[str] = []
-    attentions = split_attention(model)
+    split = split_layers(model)
     try:
         matched = match_layers(model, resolved)
         layers = dict(model.named_modules())
@@ -101,14 +100,9 @@ def prepare(model: ModelT, plan: PlanLike = "int8") -> ModelT:
     except BaseException:
         for name in done:
             unmake_qat(layers[name])
-        for attention in attentions:
-            merge(attention)
+        merge_layers(split)
         raise
-    for attention in attentions:
-        if any(isinstance(layer, QATLayer) for layer in attention.children()):
-            settle(attention)
-        else:
-            merge(attention)
+    settle_layers(split)
     leave_fast_paths(model)
     model.__dict__[_PLAN] = resolved
     return compiled

@@ -14,6 +14,7 @@ from lightning_qat.nn import FoldedBatchNorm, QATLayer, QuantizedLayer
 from lightning_qat.nn.attention import projections_of
 from lightning_qat.nn.layer import float_type
 from lightning_qat.nn.norm import norm_factor_and_shift
+from lightning_qat.nn.recurrent import weights_of
 from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
 from lightning_qat.schemes import IntegerScheme, TensorFormat, get_scheme
@@ -184,7 +185,7 @@ def _reference_weights(
     model: nn.Module, converted: dict[str, QuantizedLayer], reference: nn.Module
 ) -> dict[str, Tensor]:
     """Return the float weight that each converted layer stands for, where that can be told."""
-    layers = dict(reference.named_modules()) | projections_of(reference)
+    layers = dict(reference.named_modules()) | projections_of(reference) | weights_of(reference)
     folded = {name for name, module in model.named_modules() if isinstance(module, FoldedBatchNorm)}
     norms = _norms(reference) if folded else {}
     taken = {name: names[0] for name, names in norms.items() if names[0] in folded}

@@ -126,15 +126,16 @@ def test_in_place_the_layers_stay_the_objects_they_are() -> None:
     wanted = quantize_dynamic(model)(x)
     layers, held, seen = dict(model.named_modules()), [model.head], []
     model.head.register_forward_hook(lambda module, args, output: seen.append(module))
-    model.rnn.weight_ih_l0.marked = True
+    model.rnn.bias_ih_l0.marked = True
     parent = model.head.__dict__["parent"] = [model]
     result = quantize_dynamic(model.train(), inplace=True)
     assert result is model
     assert not model.training
-    assert dict(model.named_modules()) == layers
-    assert quantized(model) == ["body.0", "body.2", "head"]
+    weights = {name: model.get_submodule(name) for name in ("rnn.ih_l0", "rnn.hh_l0")}  # made anew, as its layers
+    assert dict(model.named_modules()) == layers | weights
+    assert quantized(model) == ["body.0", "body.2", *weights, "head"]
     assert model.head.parent is parent
-    assert model.rnn.weight_ih_l0.marked
+    assert model.rnn.bias_ih_l0.marked
     assert torch.equal(model(x), wanted)
     assert held[0] is seen[0] is model.head
 

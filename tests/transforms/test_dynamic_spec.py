@@ -22,15 +22,17 @@ PER_CHANNEL = tq.per_channel_dynamic_qconfig
 @pytest.mark.parametrize(
     ("spec", "names"),
     [
-        (None, ["body.0", "body.2", "head"]),
+        (None, ["body.0", "body.2", "rnn.ih_l0", "rnn.hh_l0", "head"]),
         ({nn.Linear}, ["body.0", "body.2", "head"]),
         (frozenset({nn.Linear, nn.GRU}), ["body.0", "body.2", "head"]),  # torch overlooks an absent type, too
         ({"body"}, ["body.0", "body.2"]),
         ({"body.2", "head"}, ["body.2", "head"]),
         ({nn.Sequential}, ["body.0", "body.2"]),
-        ({""}, ["body.0", "body.2", "head"]),
-        ({"": "int8_dynamic", "body": None}, ["head"]),
-        ({"", nn.Linear}, ["body.0", "body.2", "head"]),
+        ({""}, ["body.0", "body.2", "rnn.ih_l0", "rnn.hh_l0", "head"]),
+        ({nn.LSTM, nn.Linear}, ["body.0", "body.2", "rnn.ih_l0", "rnn.hh_l0", "head"]),
+        ({"rnn"}, ["rnn.ih_l0", "rnn.hh_l0"]),
+        ({"": "int8_dynamic", "body": None}, ["rnn.ih_l0", "rnn.hh_l0", "head"]),
+        ({"", nn.Linear}, ["body.0", "body.2", "rnn.ih_l0", "rnn.hh_l0", "head"]),
         ({nn.Conv1d}, ["conv"]),
         ({nn.Conv1d, nn.Linear}, ["conv", "body.0", "body.2", "head"]),
         ({nn.Linear: "int8_dynamic", "head": None}, ["body.0", "body.2"]),
@@ -71,8 +73,9 @@ def test_torch_chooses_the_same_linears(spec: object) -> None:
 def test_a_qconfig_attribute_goes_before_all() -> None:
     model = network()
     model.head.qconfig, model.body.qconfig = None, PER_TENSOR
-    result = quantize_dynamic(model)
+    result = quantize_dynamic(model, {nn.Linear})
     assert quantized(result) == ["body.0", "body.2"]
+    assert quantized(quantize_dynamic(model)) == ["body.0", "body.2", "rnn.ih_l0", "rnn.hh_l0"]
     # Of the Linears themselves nothing is said but by their type, which goes before what is around them.
     assert quantized(quantize_dynamic(model, {})) == ["body.0", "body.2"]
     assert quantize_dynamic(model, {}).body[0].weight_format.axis is None
@@ -167,8 +170,6 @@ def test_embeddings_by_type() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(qconfig_spec={nn.LSTM, nn.Linear}), "asks for LSTM, but LSTM .layer 'rnn'. cannot be quantized"),
-        (dict(qconfig_spec={"rnn"}), "asks for 'rnn', but LSTM"),
         (dict(qconfig_spec={nn.ReLU}), "asks for ReLU, but ReLU .layer 'body.1'."),
         (dict(qconfig_spec={"haed"}), "names 'haed', which Network does not have; nearest: 'head'"),
         (dict(qconfig_spec={nn.GRU}), "no layer to quantize: looked for GRU; Network has: Conv1d, LSTM, Linear"),
@@ -217,8 +218,8 @@ def test_weight_observers_that_mean_nothing_here(weight: object, message: str) -
 def test_models_of_other_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="EmbeddingBag .layer '0'. cannot be quantized"):
         quantize_dynamic(nn.Sequential(nn.EmbeddingBag(4, 4), nn.Linear(4, 4)), {nn.EmbeddingBag})
-    with pytest.raises(ValueError, match="looked for Linear; LSTM has: LSTM"):
-        quantize_dynamic(nn.LSTM(4, 4))
+    with pytest.raises(ValueError, match="looked for Linear, LSTM, GRU, .*; Conv1d has: Conv1d"):
+        quantize_dynamic(nn.Conv1d(4, 4, 1))
     with pytest.raises(ValueError, match="layer '0' of Sequential is already prepared"):
         quantize_dynamic(lq.prepare(linears(4, 4)))
     with pytest.raises(ValueError, match="layer '0' of Sequential is already converted"):
