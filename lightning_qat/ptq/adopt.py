@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_qat.nn import QATLayer, QATMultiheadAttention
 from lightning_qat.nn.computed_weight import weight_now
+from lightning_qat.nn.recurrent import RecurrentWeight
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.methods import LayerProblem
 from lightning_qat.ptq.statistics import InputStatistics
@@ -71,7 +72,10 @@ def adopt(name: str, layer: QATLayer, chosen: ChosenCodes) -> None:
 def set_weight(layer: nn.Module, values: Tensor) -> None:
     """Give a layer another weight; a part of an attention's packed weight is written in place."""
     own = layer._parameters.get("weight")
-    if own is not None:
+    if isinstance(layer, RecurrentWeight):
+        owner = layer.owner._parameters
+        owner[layer.parameter] = nn.Parameter(values.to(layer.weight.dtype), layer.weight.requires_grad)
+    elif own is not None:
         layer._parameters["weight"] = nn.Parameter(values.to(own.dtype), requires_grad=own.requires_grad)
     else:
         layer.weight.copy_(values)  # type: ignore[operator]

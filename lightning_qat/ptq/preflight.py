@@ -13,7 +13,7 @@ from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import LAYER_CLASSES, float_type, supported_class
 from lightning_qat.ptq.methods import METHODS, reason_for_nearest
 from lightning_qat.schemes import TensorFormat, weight_format
-from lightning_qat.transforms.match import candidate_layers, match_layers, split_attention
+from lightning_qat.transforms.match import candidate_layers, match_layers, split_layers
 from lightning_qat.transforms.prepare import copy_model, prepared_plan, qat_layers
 from lightning_qat.validation import check_choice
 
@@ -61,7 +61,7 @@ def preflight(model: nn.Module, config: PlanLike = "int8", method: str = "rtn") 
     if prepared_plan(original) is not None:
         return [_task(name, layer, layer.weight_quantizer.format, method) for name, layer in qat_layers(original)]
     replica = copy_model(original, {id(t): t for t in (*original.parameters(), *original.buffers())})
-    split_attention(replica)
+    split_layers(replica)
     matched = match_layers(replica, resolve_plan(config))
     tasks = []
     for name, layer in candidate_layers(replica).items():
