@@ -132,8 +132,8 @@ def weight_magnitude(weights: Sequence[Tensor], formats: Sequence[TensorFormat])
     for weight, fmt in zip(weights, formats, strict=True):
         for part in weight.split(_rows_of_piece(weight)):
             width = part_columns(fmt, weight.shape) or weight.shape[1]
-            groups = part.float().abs().view(-1, width)
-            total += (groups / (groups.amax(1, keepdim=True) + 1e-6)).view(part.shape).sum(0)
+            groups = part.float().abs().reshape(-1, width)
+            total += (groups / (groups.amax(1, keepdim=True) + 1e-6)).reshape(part.shape).sum(0)
         rows += len(weight)
     return total / max(rows, 1)
 
@@ -206,7 +206,7 @@ def search_scales(
     """
     options = options or AWQOptions()
     check_group(weights, gram, mean_magnitude, formats)
-    weights = [weight.float() for weight in weights]
+    weights = [weight.float().contiguous() for weight in weights]
     search = _Search(weights, gram.float(), list(formats), options.sampled_rows)
     magnitude = mean_magnitude.float()
     shared = weight_magnitude(weights, formats)
@@ -232,9 +232,7 @@ def search_scales(
     )  # fmt: skip
 
 
-def check_group(
-    weights: Sequence[Tensor], gram: Tensor, magnitude: Tensor, formats: Sequence[TensorFormat]
-) -> None:
+def check_group(weights: Sequence[Tensor], gram: Tensor, magnitude: Tensor, formats: Sequence[TensorFormat]) -> None:
     """Raise ``ValueError`` unless weights, Gram matrix, magnitudes and formats belong together."""
     if not weights or len(weights) != len(formats):
         raise ValueError(f"{len(weights)} weights have {len(formats)} formats; give one or more, each with its own")

@@ -36,13 +36,14 @@ def conditional_variances(gram: Tensor, damping: float) -> Tensor:
     power = gram.diagonal().double()
     order = power.argsort(descending=False, stable=True)
     ordered = gram[order][:, order].double()
-    added = damping * float(power.mean()) or 1.0
+    added, least = damping * float(power.mean()), 1e-6 * float(power.mean()) or 1.0
     while True:
-        damped = ordered + added * torch.eye(len(order), dtype=ordered.dtype, device=ordered.device)
+        damped = ordered.clone()
+        damped.diagonal().add_(added)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             break
-        added *= 10
+        added = max(10 * added, least)
     left = torch.empty_like(power)
     left[order] = factor.diagonal().square()
     return left.float()
