@@ -78,6 +78,7 @@ def set_weight(layer: nn.Module, values: Tensor) -> None:
     elif own is not None:
         layer._parameters["weight"] = nn.Parameter(values.to(own.dtype), requires_grad=own.requires_grad)
     else:
+        own_packed_weights(layer.attention)  # type: ignore[arg-type]  # it may still be the user's
         layer.weight.copy_(values)  # type: ignore[operator]
 
 
