@@ -20,6 +20,8 @@ from lightning_qat.validation import check_fraction, check_int
 
 #: As in the published code.
 _LEAST = 1e-5
+#: Scales have to bring the loss below this share of what it is without.
+_LEAST_GAIN = 0.999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,8 @@ def search_smoothing(
     for alpha in [i / options.grid_points for i in points] if options.alpha is None else [options.alpha]:
         scale = smoothing_scale(statistics.max_magnitude, weights, alpha, tied)
         loss = _expected_loss(weights, statistics, formats, scale, options.activation_bits)
-        if loss < best.loss or options.alpha is not None:
+        # What gains next to nothing is rounding: then all stays as it is.
+        if loss < min(best.loss, _LEAST_GAIN * plain) or options.alpha is not None:
             best = SmoothingScales(scale, alpha, loss, plain)
     return best
 

@@ -1,4 +1,4 @@
-"""Expected errors: their gradient against autograd, their minimum against random scales, variances against least squares."""
+"""Expected errors: gradients against autograd, the minimum against random scales, variances against least squares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where scales fold, on models whose structure is known; that each fold keeps the output is checked with other scales."""
+"""Where scales fold, on models whose structure is known; each fold keeps the output with scales of any size."""
 
 from __future__ import annotations
 
