@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.nn import QATLayer, QATMultiheadAttention
 from lightning_qat.ptq.adopt import adopt, nearest_codes, own_packed_weights, problem_of
+from lightning_qat.ptq.block_scaling import BlockScaling, scale_block
 from lightning_qat.ptq.blocks import Course, Segment, SegmentRunner, find_blocks, stopping_at, watch_course
+from lightning_qat.ptq.channels import shared_parameters
 from lightning_qat.ptq.chosen import ChosenCodes
+from lightning_qat.ptq.folding import Fold
 from lightning_qat.ptq.journal import Journal
 from lightning_qat.ptq.methods import METHODS, PTQOptions, choose_codes, reason_for_nearest
+from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, Stopwatch, most_memory
 from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.ptq.watch import Run, SharedInput, find_shared_inputs, gather_statistics
@@ -46,12 +50,14 @@ class _Stage:
         layers: names.
         runs: run the batches through it; a layer outside is reached through the whole model.
         parts: the order of ``"sublayers"`` is worth its passes.
+        module: what ``runs`` call and returns their output; None where they stop before its end.
     """
 
     name: str
     layers: tuple[str, ...]
     runs: Runs
     parts: bool
+    module: nn.Module | None
 
 
 class Engine:
@@ -92,6 +98,9 @@ class Engine:
         self._outcomes: list[LayerOutcome] = []
         self._notes: list[str] = []
         self._done = 0
+        self._untouchable = shared_parameters(model)
+        self._like: tuple[Fold, ...] = ()
+        self._scaling_notes: dict[str, str] = {}
         self._watch = Stopwatch()
 
     @torch.no_grad()
@@ -101,6 +110,11 @@ class Engine:
             self._decide_folds()
             blocks = find_blocks(self.model, self._layers)
             course = watch_course(self.model, self._layers, blocks, self._run_of(self.batches[0]))
+            if self.options.order == "one_pass" and course.segments and self.way.scaling is not None:
+                raise ValueError(
+                    f"order='one_pass' is not available with method={self.method!r}, which scales one block after the "
+                    "other; use 'blocks' or 'sublayers'"
+                )
             if self.options.order == "one_pass" or not course.segments:
                 self._quantize_at_once(course)
             else:
@@ -114,7 +128,7 @@ class Engine:
     def _quantize_at_once(self, course: Course) -> None:
         """Look at all layers in one pass of the float model."""
         reached = tuple(name for name in self._layers if name not in course.unreached)
-        self._quantize(_Stage("model", reached, self._runs, parts=False), 1)
+        self._quantize(_Stage("model", reached, self._runs, False, self.model), 1)
         self._pack(reached)
 
     def _quantize_in_turn(self, course: Course) -> None:
@@ -129,7 +143,8 @@ class Engine:
             return
         where = "after the blocks" if until is None else f"before {until}"
         with stopping_at(None if until is None else self._modules[until]):
-            self._quantize(_Stage(where, names, self._runs, parts=False), stages)
+            whole = self.model if until is None else None
+            self._quantize(_Stage(where, names, self._runs, False, whole), stages)
         self._pack(names)
 
     def _quantize_segment(self, segment: Segment, stages: int) -> None:
@@ -139,7 +154,7 @@ class Engine:
             parts = self.options.order == "sublayers"
             if block.layers:
                 own_packed_weights(block.module)
-                self._quantize(_Stage(block.name, block.layers, runner.runs, parts), stages)
+                self._quantize(_Stage(block.name, block.layers, runner.runs, parts, block.module), stages)
             if block is not last:
                 runner.advance()
             self._pack(block.layers)
@@ -166,7 +181,8 @@ class Engine:
         self._choose_all(stage, shared)
         for name in stage.layers:  # the block was reached, and the layer in it was not
             if not any(outcome.name == name for outcome in self._outcomes[before:]):
-                note = "no calibration batch reached it"
+                reason = reason_for_nearest(layers[name], layers[name].weight_quantizer.format, self.method)
+                note = reason or "no calibration batch reached it"
                 self._settle(name, nearest_codes(layers[name]), "rtn", Stopwatch(), (note,))
         if self.journal is not None:
             self.journal.write(stage.name, self.model, stage.layers, self._outcomes[before:])
@@ -174,10 +190,39 @@ class Engine:
     def _choose_all(self, stage: _Stage, shared: list[SharedInput]) -> None:
         layers = {name: self._layers[name] for name in stage.layers}
         gather = partial(gather_statistics, layers, runs=stage.runs, across_ranks=self.options.across_ranks)
-        for part in [[each] for each in shared] if stage.parts else [shared]:
-            self._choose(part, gather(part, stop=True))
+        scales: dict[str, Tensor] = {}
+        known: dict[str, InputStatistics] | None = None
+        if self.way.scaling is not None and stage.module is not None:
+            scaled = self._scale(stage, layers, shared, gather(shared, stop=True))
+            known = dict(scaled.statistics)
+            self._scaling_notes = scaled.notes
+            scales = {n: g.scales for g in scaled.groups if g.scales is not None for n in g.fold.layers}
+        for index, part in enumerate([[each] for each in shared] if stage.parts else [shared]):
+            # What the first layers of a scaled block get is known; what follows them gets outputs of quantized ones.
+            first = known if index == 0 else None
+            self._choose(part, gather(part, stop=True) if first is None else first, scales)
+        self._scaling_notes = {}
 
-    def _choose(self, part: list[SharedInput], statistics: dict[str, InputStatistics]) -> None:
+    def _scale(
+        self, stage: _Stage, layers: dict[str, QATLayer], shared: list[SharedInput], seen: dict[str, InputStatistics]
+    ) -> BlockScaling:
+        scaling: Any = self.way.scaling
+        found = scale_block(
+            stage.module,  # type: ignore[arg-type]
+            layers,
+            [each.layers for each in shared],
+            seen,
+            next(iter(stage.runs())),
+            scaling(self.options),
+            untouchable=self._untouchable,
+            like=self._like,
+        )
+        self._like = found.folds
+        return found
+
+    def _choose(
+        self, part: list[SharedInput], statistics: dict[str, InputStatistics], scales: dict[str, Tensor]
+    ) -> None:
         for each in part:
             for name in each.layers:
                 layer, watch = self._layers[name], Stopwatch()
@@ -185,8 +230,15 @@ class Engine:
                 if reason or name not in statistics:
                     self._settle(name, nearest_codes(layer), "rtn", watch, (reason or "it got no input",))
                     continue
-                chosen = choose_codes(layer, problem_of(layer, statistics[name]), self.way, self.options)
-                self._settle(name, chosen, self.method, watch)
+                problem = problem_of(layer, statistics[name])
+                chosen = choose_codes(layer, problem, self.way, self.options)
+                if name in scales:  # what it would lose if neither its columns were scaled nor its codes chosen
+                    scale = scales[name]
+                    gram = problem.statistics.gram * scale * scale.unsqueeze(1)
+                    plain = choose_nearest(problem.weight / scale, gram, problem.fmt)
+                    chosen = replace(chosen, nearest_loss=plain.loss)
+                note = self._scaling_notes.get(name)
+                self._settle(name, chosen, self.method, watch, () if note is None else (note,))
 
     def _settle(
         self, name: str, chosen: ChosenCodes, method: str, watch: Stopwatch, notes: tuple[str, ...] = ()

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.nn.recurrent import RecurrentWeight
+from lightning_qat.ptq.awq import AWQOptions
 from lightning_qat.ptq.chosen import ChosenCodes
+from lightning_qat.ptq.clipping import ClippingOptions, choose_clipped
 from lightning_qat.ptq.column_grid import check_target
 from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq
 from lightning_qat.ptq.nearest import choose_nearest
+from lightning_qat.ptq.smoothing import SmoothingOptions
 from lightning_qat.ptq.statistics import InputStatistics, input_geometry
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.validation import check_bool, check_choice
@@ -33,11 +37,17 @@ class PTQOptions:
             follow are looked at (the "true sequential" order); ``"blocks"``: each block sees what the quantized blocks
             before it return; ``"one_pass"``: all inputs are those of the float model.
         gptq: of ``"gptq"`` and ``"awq+gptq"``.
+        awq: of ``"awq"`` and ``"awq+gptq"``.
+        clipping: of ``"clip"`` and ``"awq"``.
+        smoothing: of ``"smoothquant"``.
         across_ranks: every rank of ``torch.distributed`` calls this with batches of its own; all get the same model.
     """
 
     order: str = "sublayers"
     gptq: GPTQOptions = field(default_factory=GPTQOptions)
+    awq: AWQOptions = field(default_factory=AWQOptions)
+    clipping: ClippingOptions = field(default_factory=ClippingOptions)
+    smoothing: SmoothingOptions = field(default_factory=SmoothingOptions)
     across_ranks: bool = False
 
     def __post_init__(self) -> None:
@@ -73,12 +83,13 @@ class Method:
     Args:
         choose: of one layer; None rounds to nearest without any statistics.
         check: raises ``ValueError`` for a format that it has no codes for.
-        reshape: moves scales between the layers of a block before codes are chosen; None does not.
+        scaling: how channels are scaled before, see :func:`lightning_qat.ptq.block_scaling.scale_block`; None leaves
+            them.
     """
 
     choose: Choose | None = None
     check: Callable[[TensorFormat], None] | None = None
-    reshape: Any = None
+    scaling: Callable[[PTQOptions], AWQOptions | SmoothingOptions] | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -96,10 +107,23 @@ def _gptq(problem: LayerProblem, options: PTQOptions) -> ChosenCodes:
     return choose_gptq(problem.weight, gram, problem.fmt, options.gptq, problem.scale, problem.zero_point)
 
 
+def _clipped(problem: LayerProblem, options: PTQOptions) -> ChosenCodes:
+    gram = problem.statistics.gram
+    return choose_clipped(problem.weight, gram, problem.fmt, options.clipping, problem.scale, problem.zero_point)
+
+
+def _nearest_or_clipped(problem: LayerProblem, options: PTQOptions) -> ChosenCodes:
+    return (_clipped if options.awq.clip else _nearest)(problem, options)
+
+
 #: What ``quantize_model`` takes as ``method``.
 METHODS: dict[str, Method] = {
     "rtn": Method(),
+    "clip": Method(_clipped),
     "gptq": Method(_gptq, check_target),
+    "awq": Method(_nearest_or_clipped, None, lambda options: options.awq),
+    "awq+gptq": Method(_gptq, check_target, lambda options: replace(options.awq, codes="gptq")),
+    "smoothquant": Method(_nearest, None, lambda options: options.smoothing),
 }
 
 
@@ -110,6 +134,7 @@ def reason_for_nearest(layer: nn.Module, fmt: TensorFormat, method: str) -> str:
     geometry = input_geometry(layer)
     if geometry is None:
         kind = "an embedding looks rows up" if isinstance(layer, nn.Embedding) else "a transposed convolution"
+        kind = "a recurrent layer reads it" if isinstance(layer, RecurrentWeight) else kind
         return f"{kind}: there is no Gram matrix of its inputs"
     groups = geometry[0]
     if groups > _MOST_GROUPS:

@@ -1,0 +1,136 @@
+"""A run that is killed goes on and ends with the same bytes; another run's blocks are not taken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ptq import interrupted
+from ptq_models import Llama, built, tokens
+
+import lightning_qat as lq
+from lightning_qat.ptq.journal import Journal, fingerprint
+from lightning_qat.ptq.methods import METHODS
+
+SCRIPT = Path(__file__).parent / "interrupted.py"
+PLAN = lq.QuantizationPlan([lq.LayerRule("layers.*", lq.QuantizationConfig("int4", group_size=8))])
+
+
+def run(*arguments) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent.parent)}
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], env=environment, timeout=240).returncode
+
+
+def digest(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("model.safetensors", "manifest.json")]
+
+
+def test_killed_and_run_again_is_the_same_to_the_byte(tmp_path: Path) -> None:
+    method = "awq+gptq" if "awq+gptq" in METHODS else "gptq"
+    interrupted.main(tmp_path / "whole", "", 0, method)  # in this process, and never interrupted
+    journal = tmp_path / "journal"
+    assert run(tmp_path / "broken", journal, 10, method) == -signal.SIGKILL  # in the second of three blocks
+    assert not (tmp_path / "broken").exists()
+    assert len(list(journal.glob("*.safetensors"))) == 1
+    assert run(tmp_path / "broken", journal, 0, method) == 0
+    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
+    assert len(list(journal.glob("*.safetensors"))) == 3
+    whole, broken = (torch.load(tmp_path / name / "report.pt") for name in ("whole", "broken"))
+    for ours, theirs in zip(whole, broken, strict=True):
+        assert all(ours[key] == theirs[key] for key in ("name", "loss", "nearest_loss", "notes", "bits"))
+
+
+def quantized(journal: Path, model=None, **changes):
+    arguments = {"config": PLAN, "calibration": tokens(), "method": "gptq", **changes}
+    return lq.quantize_model(model or built(Llama), journal=journal, **arguments)
+
+
+def test_finished_blocks_are_not_computed_again(tmp_path: Path) -> None:
+    told = []
+
+    class Recorder(lq.PTQObserver):
+        def stage_restored(self, name, outcomes):
+            told.append((name, len(outcomes)))
+
+        def layer_done(self, outcome):
+            told.append(outcome.name)
+
+    first = quantized(tmp_path / "journal", observer=Recorder())
+    assert len(told) == 21
+    told.clear()
+    again = quantized(tmp_path / "journal", observer=Recorder())
+    assert told == [("layers.0", 7), ("layers.1", 7), ("layers.2", 7)]
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert [o.loss for o in lq.ptq_report(first).layers] == [o.loss for o in lq.ptq_report(again).layers]
+
+
+def test_an_unconverted_result_resumes_too(tmp_path: Path) -> None:
+    first = quantized(tmp_path / "journal", convert=False)
+    again = quantized(tmp_path / "journal", convert=False)
+    for name, value in first.state_dict().items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, again.state_dict()[name]), name
+    sizes = [file.stat().st_size for file in (tmp_path / "journal").glob("*.safetensors")]
+    assert max(sizes) < 2 * min(sizes)  # a block's file does not hold those before it
+
+
+@pytest.mark.parametrize(
+    ("other", "change"),
+    [
+        ("calibration", {"calibration": tokens(3)}),
+        (
+            "plan",
+            {"config": lq.QuantizationPlan([lq.LayerRule("layers.*", lq.QuantizationConfig("int4", group_size=4))])},
+        ),
+        ("options", {"options": lq.PTQOptions(order="blocks")}),
+        ("model", {}),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, other: str, change: dict) -> None:
+    journal = tmp_path / "journal"
+    quantized(journal)
+    if other == "model":
+        change = {"model": built(Llama)}
+        change["model"].norm.weight.data[0] += 1e-3
+    with pytest.raises(ValueError, match=f"blocks of a run with another {other}"):
+        quantized(journal, **change)
+    made = quantized(journal, **change, restart=True)
+    fresh = quantized(tmp_path / "fresh", **change)
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+
+
+def test_damage_and_other_folders_are_told(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    quantized(journal)
+    file = min(journal.glob("*layers.1*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is damaged.*delete it"):
+        quantized(journal)
+    file.unlink()
+    quantized(journal)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds no journal"):
+        quantized(tmp_path / "other", restart=True)
+    (journal / "fingerprint.json").write_text("{")
+    with pytest.raises(ValueError, match="fingerprint.json is damaged"):
+        Journal(journal, {})
+
+
+def test_the_fingerprint_sees_every_part() -> None:
+    model, batches = built(Llama), [{"ids": batch, "flag": True} for batch in tokens()]
+    known = fingerprint(model, batches, plan=PLAN)
+    assert fingerprint(built(Llama), [dict(batch) for batch in batches], plan=PLAN) == known
+    batches[2]["ids"] = batches[2]["ids"].clone()
+    batches[2]["ids"][0, 0] += 1
+    assert fingerprint(model, batches, plan=PLAN)["calibration"] != known["calibration"]
+    batches[2]["flag"] = False
+    assert fingerprint(model, batches[:2], plan=PLAN)["calibration"] != known["calibration"]
+    model.layers[1].q_proj.weight.data[3, 3] = -model.layers[1].q_proj.weight.data[3, 3]
+    assert fingerprint(model, [], plan=PLAN)["model"] != known["model"]
