@@ -103,3 +103,7 @@ def descend_block_cpu(
 
     walk(left, changes, hessian, choose)
     return codes, changes
+
+
+# The kernel of CUDA registers itself for this op and for GPTQ's; it needs both.
+from lightning_qat.ops import gptq_cuda as _cuda  # noqa: E402, F401

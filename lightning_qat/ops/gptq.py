@@ -202,5 +202,6 @@ def _(columns: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(columns, dtype=torch.int16), torch.empty_like(columns)
 
 
-# The kernels of the CPU and of CUDA register themselves; they need what is defined above.
+# The kernel of the CPU registers itself and needs what is defined above, that of CUDA what coordinate descent defines.
+from lightning_qat.ops import coordinate_descent as _descent  # noqa: E402, F401
 from lightning_qat.ops import gptq_cpu as _cpu  # noqa: E402, F401
