@@ -1,0 +1,141 @@
+"""GPTQ checkpoints, versions 1 and 2, as gptqmodel and transformers read them.
+
+Of a Linear with ``K`` inputs and ``N`` outputs: ``qweight`` int32 ``[K * bits / 32, N]``, lowest bits first along the
+inputs; ``scales`` float16 ``[groups, N]``; ``qzeros`` int32 ``[groups, N * bits / 32]``, packed along the outputs; and
+``g_idx`` int32 ``[K]``, the group of each input. Version 1 (``checkpoint_format: gptq``) stores zero points minus one.
+Scales are rounded to float16, once; codes stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.formats.contents import Contents, check_head_in_float
+from lightning_qat.formats.integer_weight import (
+    Setting,
+    UnsignedWeight,
+    check_choice_of_groups,
+    common_setting,
+    rounded_scale,
+)
+from lightning_qat.formats.model_format import HeldLayer, ModelFormat, integer_layer, register_format
+from lightning_qat.nn import QuantizedLinear
+from lightning_qat.ops.word_packing import pack_words, unpack_words
+
+_BITS = (2, 3, 4, 8)
+_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@register_format("gptq", "gptq_v2")
+class GPTQFormat(ModelFormat):
+    """``"gptq"`` is version 1, which most engines read; ``"gptq_v2"`` also holds asymmetric zero points of 0."""
+
+    method = "gptq"
+    marks = ("qweight", "g_idx")
+
+    def __init__(self, name: str = "gptq") -> None:
+        self.name = name
+
+    def config(self, contents: Contents) -> dict[str, Any]:
+        setting = common_setting(contents.layers, self.name)
+        if setting.bits not in _BITS:
+            name = next(iter(contents.layers))
+            raise ValueError(
+                f"bits={setting.bits} (layer {name!r}) is not one of GPTQ's in transformers: {_BITS}; use one of them, "
+                "or format='compressed_tensors'"
+            )
+        check_choice_of_groups(contents, setting, self.name, _GROUPS)
+        check_head_in_float(contents, self.name)
+        for name, layer in contents.layers.items():
+            self._check_layer(name, layer, setting)
+        facts: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": setting.bits,
+            "group_size": setting.group_size,
+            "sym": setting.symmetric,
+            "desc_act": False,
+            "checkpoint_format": self.name,
+            "pack_dtype": "int32",
+        }
+        if contents.is_pretrained:
+            facts |= _which_layers(contents)
+        return facts
+
+    def _check_layer(self, name: str, layer: QuantizedLinear, setting: Setting) -> None:
+        rows, columns = layer.weight_shape
+        for what, count in (("in_features", columns), ("out_features", rows)):
+            if count * setting.bits % 32:
+                raise ValueError(
+                    f"layer {name!r} has {what}={count}, and GPTQ packs {setting.bits}-bit codes into 32-bit words: it "
+                    f"needs a multiple of {32 if setting.bits == 3 else 32 // setting.bits}; leave it in float with "
+                    f"LayerRule({name!r})"
+                )
+        weight = UnsignedWeight.of(layer)
+        rounded_scale(name, weight, torch.float16, self.name)
+        if self.name == "gptq" and not layer.weight_format.symmetric and bool((weight.zero_point == 0).any()):
+            raise ValueError(
+                f"layer {name!r} has the zero point 0, and version 1 stores zero points minus one, which readers take "
+                "for different numbers then; use format='gptq_v2', or a symmetric grid"
+            )
+
+    def write(self, layer: QuantizedLinear, config: dict[str, Any]) -> dict[str, Tensor]:
+        weight, bits = UnsignedWeight.of(layer), config["bits"]
+        columns = layer.weight_shape[1]
+        minus = 1 if config["checkpoint_format"] == "gptq" else 0
+        group = columns // weight.scale.shape[1]
+        return {
+            "qweight": pack_words(weight.codes, bits).t().contiguous(),
+            "qzeros": pack_words(weight.zero_point.t() - minus & 2**bits - 1, bits),
+            "scales": rounded_scale("", weight, torch.float16, self.name).t().contiguous(),
+            "g_idx": (torch.arange(columns) // group).to(torch.int32),
+        }
+
+    def read(self, name: str, tensors: Mapping[str, Tensor], linear: nn.Linear, config: dict[str, Any]) -> HeldLayer:
+        bits, size = int(config["bits"]), int(config["group_size"])
+        columns = linear.in_features
+        group = columns if size == -1 else size
+        words, scales = tensors["qweight"], tensors["scales"]
+        if words.shape != (columns * bits // 32, linear.out_features) or scales.shape[0] * group != columns:
+            raise ValueError(
+                f"layer {name!r} has qweight of shape {tuple(words.shape)} and scales of shape {tuple(scales.shape)}, "
+                f"which is no {linear.out_features} x {columns} matrix of {bits} bits in groups of {group}"
+            )
+        index = tensors.get("g_idx")
+        if index is not None and not torch.equal(index.long(), torch.arange(columns) // group):
+            raise ValueError(
+                f"layer {name!r} has groups of inputs that do not lie beside each other (activation order without "
+                "static groups), which our layers do not hold; quantize with static groups, or without desc_act"
+            )
+        plus = 1 if config.get("checkpoint_format", "gptq") == "gptq" else 0
+        codes = unpack_words(words.t(), bits, columns)
+        zeros = unpack_words(tensors["qzeros"], bits, linear.out_features).to(torch.int32) + plus & 2**bits - 1
+        return integer_layer(
+            codes, scales.t().float(), zeros.t(), bits, grouped=size != -1, symmetric=bool(config.get("sym", True))
+        )
+
+
+def _which_layers(contents: Contents) -> dict[str, Any]:
+    """Return what tells optimum, and gptqmodel itself, which Linears of the blocks are quantized.
+
+    Raises:
+        ValueError: if a layer lies outside the list of blocks that holds the first: optimum replaces inside one.
+    """
+    first, *_ = contents.layers
+    lists = [n for n, m in contents.model.named_modules() if isinstance(m, nn.ModuleList) and first.startswith(f"{n}.")]
+    blocks = lists[0] if lists else ""
+    outside = [name for name in contents.layers if not blocks or not name.startswith(f"{blocks}.")]
+    if outside:
+        raise ValueError(
+            f"layer {outside[0]!r} lies outside the blocks{f' {blocks!r}' if blocks else ''}, where loaders of GPTQ "
+            f"replace Linears; leave it in float with LayerRule({outside[0]!r}), or use format='compressed_tensors'"
+        )
+    facts: dict[str, Any] = {"block_name_to_quantize": blocks}
+    left = [name for name in contents.kept if name.startswith(f"{blocks}.")]
+    if left:
+        facts["modules_in_block_to_quantize"] = [list(contents.layers)]
+        facts["dynamic"] = {"-:^" + name.replace(".", r"\.") + "$": {} for name in left}
+    return facts
