@@ -15,6 +15,7 @@ import lightning_qat as lq
 from lightning_qat.nn import QATLayer
 from lightning_qat.ptq.awq import AWQOptions
 from lightning_qat.ptq.block_scaling import BlockScaling, scale_block
+from lightning_qat.ptq.chosen import output_error
 from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.smoothing import SmoothingOptions
 from lightning_qat.ptq.statistics import InputStatistics
@@ -96,16 +97,17 @@ def test_losses_are_those_of_the_layers_rounded_to_nearest() -> None:
         for name, layer in layers.items()
     }
     found = scaled(block, layers, batches)
-    for group in found.groups:
-        if group.scales is None:
-            continue
-        losses = [
-            choose_nearest(
-                layers[n].weight.detach(), found.statistics[n].gram, layers[n].weight_quantizer.format
-            ).loss
-            for n in group.fold.layers
-        ]  # fmt: skip
-        assert group.plain_loss == pytest.approx(sum(plain[n] for n in group.fold.layers), rel=1e-3)
+    by_layer = {name: group for group in found.groups for name in group.fold.layers}
+    for names in (("gate", "up"), ("down",)):
+        losses = []
+        for name in names:
+            weight, fmt = layers[name].weight.detach(), layers[name].weight_quantizer.format
+            chosen = choose_nearest(weight, found.statistics[name].gram, fmt)
+            # The rows of "up" were divided once more, by the scales of what reads them.
+            rows = by_layer["down"].scales.unsqueeze(1) if name == "up" else 1.0
+            losses.append(output_error(weight * rows, chosen.values() * rows, found.statistics[name].gram))
+        group = by_layer[names[0]]
+        assert group.plain_loss == pytest.approx(sum(plain[n] for n in names), rel=1e-3)
         assert group.loss == pytest.approx(sum(losses), rel=1e-3)
         assert group.loss < group.plain_loss
     assert found.notes["gate"].startswith("scale in 'norm': 0.")
