@@ -19,6 +19,8 @@ from rich.table import Table
 
 from ._benchmark_convert import convert_group
 from ._benchmark_fake_quantize import fake_quantize_group
+from ._benchmark_gptq import PEER as GPTQ_PEER
+from ._benchmark_gptq import gptq_group
 from ._benchmark_inference import inference_group
 from ._benchmark_matmul import matmul_group
 from ._benchmark_peers import PACKAGES as PEER_PACKAGES
@@ -33,6 +35,7 @@ GROUPS: dict[str, Callable[[Conditions], Results]] = {
     "fake_quantize": fake_quantize_group,
     "convert": convert_group,
     "matmul": matmul_group,
+    "gptq": gptq_group,
     "train_step": lambda conditions: train_step_group(conditions.rounds),
     "inference": lambda conditions: inference_group(conditions.rounds),
 }
@@ -42,8 +45,11 @@ _ON_CPU = ("train_step", "inference")
 _DEVICES = ("auto", "cpu", "cuda")
 
 #: Group -> packages that its peers need.
-_PEERS = {"inference": PEER_PACKAGES, "convert": TENSOR_PACKAGES, "matmul": TENSOR_PACKAGES}
-_PACKAGES = ("lightning-qat", "torch", "lightning", "triton", *dict.fromkeys((*TENSOR_PACKAGES, *PEER_PACKAGES)))
+_PEERS = {"inference": PEER_PACKAGES, "convert": TENSOR_PACKAGES, "matmul": TENSOR_PACKAGES, "gptq": (GPTQ_PEER,)}
+_PACKAGES = (
+    *("lightning-qat", "torch", "lightning", "triton"),
+    *dict.fromkeys((*TENSOR_PACKAGES, *PEER_PACKAGES, GPTQ_PEER)),
+)
 
 #: Columns of the tables where the output has no width of its own.
 _WIDTH = 100

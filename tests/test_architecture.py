@@ -27,7 +27,7 @@ LAYERS = [
 ]
 
 #: What the benchmark measures beside this library.
-PEERS = {"torchao", "onnxruntime", "bitsandbytes", "triton"}
+PEERS = {"torchao", "onnxruntime", "bitsandbytes", "triton", "gptqmodel"}
 
 #: What may be imported besides the standard library.
 THIRD_PARTY = {
