@@ -45,6 +45,8 @@ from lightning_qat.nn import (
 )
 from lightning_qat.ops.fake_quantize import fake_quantize
 from lightning_qat.ptq import (
+    AWQOptions,
+    AWQQuantizer,
     GPTQOptions,
     GPTQQuantizer,
     PTQObserver,
@@ -163,6 +165,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AWQOptions",
+    "AWQQuantizer",
     "BatchNormFolding",
     "BitsAndBytesConfig",
     "DelayedQATStart",

@@ -120,6 +120,8 @@ def to_bitsandbytes_format(
         bnb = BitsAndBytesConfig(bits=4, block_size=64) if bnb_config is None else bnb_config
         # bitsandbytes looks for outliers in inputs; its weights have none.
         held = quantize(tensor_or_quantized, config_of(replace(bnb, outlier_threshold=0.0)))
+    if held.input_scale is not None:
+        raise ValueError("bitsandbytes has no place for an input_scale (AWQ); quantize the float tensor without one")
     if held.format.scheme == "llm_int8":
         return _write_int8(held)
     if held.format.scheme not in _NAMES:

@@ -1,5 +1,7 @@
 """Post-training quantization."""
 
+from lightning_qat.ptq.awq import AWQOptions
+from lightning_qat.ptq.awq_quantizer import AWQQuantizer
 from lightning_qat.ptq.bit_allocation import (
     LayerSensitivity,
     allocate_bits,
@@ -7,14 +9,19 @@ from lightning_qat.ptq.bit_allocation import (
     mixed_plan,
     write_plan,
 )
+from lightning_qat.ptq.clipping import ClippingOptions
 from lightning_qat.ptq.gptq import GPTQOptions
 from lightning_qat.ptq.gptq_quantizer import GPTQQuantizer
 from lightning_qat.ptq.methods import PTQOptions
 from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, ptq_report
 from lightning_qat.ptq.preflight import LayerTask, preflight
 from lightning_qat.ptq.quantize_model import quantize_model
+from lightning_qat.ptq.smoothing import SmoothingOptions
 
 __all__ = [
+    "AWQOptions",
+    "AWQQuantizer",
+    "ClippingOptions",
     "GPTQOptions",
     "GPTQQuantizer",
     "LayerOutcome",
@@ -23,6 +30,7 @@ __all__ = [
     "PTQObserver",
     "PTQOptions",
     "PTQReport",
+    "SmoothingOptions",
     "allocate_bits",
     "measure_sensitivity",
     "mixed_plan",

@@ -123,7 +123,7 @@ def awq_scale(
         scale = scale / (weight_magnitude.pow(1 - alpha) + _LEAST)
     scale = scale.clamp_min(_LEAST)
     scale = scale / (scale.max() * scale.min()).sqrt()
-    return torch.where(torch.isfinite(scale), scale, 1.0)
+    return of_first(torch.where(torch.isfinite(scale), scale, 1.0), tied)
 
 
 def weight_magnitude(weights: Sequence[Tensor], formats: Sequence[TensorFormat]) -> Tensor:
@@ -158,14 +158,15 @@ def scaled_loss(weight: Tensor, scale: Tensor, gram: Tensor, fmt: TensorFormat) 
     Args:
         weight: ``[N, K]``.
         scale: ``s``, ``[K]``.
-        gram: ``G``, ``[K, K]``.
+        gram: ``G``, ``[K, K]``, or its diagonal ``[K]`` where that is all there is.
         fmt: of the codes.
     """
     pieces = weight.split(_rows_of_piece(weight)) if rows_are_independent(fmt, weight.shape) else (weight,)
     total = 0.0
     for part in pieces:
         error = scaled_values(part, scale, fmt).sub_(part)
-        total += float(torch.mm(error, gram).mul_(error).sum(dtype=torch.float64))
+        weighted = error * gram if gram.dim() == 1 else torch.mm(error, gram)
+        total += float(weighted.mul_(error).sum(dtype=torch.float64))
     return total
 
 
@@ -191,7 +192,7 @@ def search_scales(
 
     Args:
         weights: ``[N_i, K]`` each, floating point.
-        gram: ``[K, K]``, the sum of ``x x^T`` over the inputs.
+        gram: ``[K, K]``, the sum of ``x x^T`` over the inputs; ``[K]`` is the diagonal of one that has nothing else.
         mean_magnitude: mean ``|x|``, ``[K]``.
         formats: of the weights.
         options: how to search.
@@ -240,7 +241,7 @@ def check_group(weights: Sequence[Tensor], gram: Tensor, magnitude: Tensor, form
     shapes = [tuple(weight.shape) for weight in weights]
     if any(len(shape) != 2 or shape[1] != size for shape in shapes):
         raise ValueError(f"weights of shapes {shapes} share no input; give matrices [N_i, K] with the same K")
-    if gram.shape != (size, size) or magnitude.shape != (size,):
+    if gram.shape not in ((size, size), (size,)) or magnitude.shape != (size,):
         raise ValueError(
             f"gram has shape {tuple(gram.shape)} and magnitudes {tuple(magnitude.shape)}; weights of {size} columns "
             f"take ({size}, {size}) and ({size},)"
@@ -251,6 +252,11 @@ def _points(options: AWQOptions) -> Iterator[tuple[float, bool]]:
     for balanced in (False, True) if options.balanced is None else (options.balanced,):
         for step in range(options.grid_points):
             yield step / options.grid_points, balanced
+
+
+def of_first(scale: Tensor, tied: Tensor | None) -> Tensor:
+    """Return ``scale`` with those of tied inputs equal: ``pow`` may differ in the last place from lane to lane."""
+    return scale if tied is None else scale[first_of_each(tied)][tied]
 
 
 def _mean_of_tied(values: Tensor, tied: Tensor) -> Tensor:
@@ -292,7 +298,10 @@ def _refined(
 ) -> tuple[Tensor, float, bool]:
     """Return better scales on the way from ``start`` to those of least expected error, if there are any."""
     gram = search.gram
-    cost = gram.diagonal() if options.codes == "nearest" else conditional_variances(gram, options.damping)
+    if gram.dim() == 1:
+        cost = gram
+    else:
+        cost = gram.diagonal() if options.codes == "nearest" else conditional_variances(gram, options.damping)
     end = least_expected_error(
         search.sampled, search.formats, cost, start, steps=options.refinement_steps, tied=tied
     )  # fmt: skip
@@ -300,7 +309,7 @@ def _refined(
         return end, search.loss(end), True
     best, refined = start, False
     for share in (0.25, 0.5, 0.75, 1.0):
-        between = start.pow(1 - share) * end.pow(share)
+        between = of_first(start.pow(1 - share) * end.pow(share), tied)
         found = search.loss(between)
         if found < loss:
             best, loss, refined = between, found, True

@@ -82,7 +82,7 @@ def least_expected_error(
         unbiased = mean / (1 - _BETAS[0] ** (step + 1))
         size = (square / (1 - _BETAS[1] ** (step + 1))).sqrt().add_(1e-12)
         logs = logs - _RATE * (1 - step / steps) * unbiased / size
-    return (logs if tied is None else logs[tied]).exp()
+    return logs.exp() if tied is None else logs.exp()[tied]
 
 
 def first_of_each(tied: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_qat.ptq.awq import check_group, scaled_loss
+from lightning_qat.ptq.awq import check_group, of_first, scaled_loss
 from lightning_qat.ptq.expected_error import first_of_each
 from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.schemes import TensorFormat
@@ -79,7 +79,7 @@ def smoothing_scale(
     if tied is not None:
         largest, of_weights = _largest_of_tied(largest, tied), _largest_of_tied(of_weights, tied)
     scale = largest.clamp_min(_LEAST).pow(alpha) / of_weights.clamp_min(_LEAST).pow(1 - alpha)
-    return torch.where((largest > 0) & (of_weights > 0), scale.clamp_min(_LEAST), 1.0)
+    return of_first(torch.where((largest > 0) & (of_weights > 0), scale.clamp_min(_LEAST), 1.0), tied)
 
 
 @torch.no_grad()

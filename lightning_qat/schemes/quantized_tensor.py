@@ -43,6 +43,8 @@ class QuantizedTensor:
         shape: of the float tensor.
         dtype: of the float tensor, and of what :meth:`dequantize` returns.
         outliers: columns that are not in the codes, or None.
+        input_scale: float32, one for each element of a row, flattened: what rows were multiplied by before they were
+            quantized, and values are divided by (AWQ); or None.
     """
 
     packed: Tensor
@@ -52,6 +54,7 @@ class QuantizedTensor:
     shape: torch.Size
     dtype: torch.dtype
     outliers: Outliers | None = None
+    input_scale: Tensor | None = None
 
     @property
     def codes(self) -> Tensor:
@@ -81,7 +84,10 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values that the codes stand for, in ``dtype`` or the one they had."""
         scheme, dtype = get_scheme(self.format.scheme), dtype or self.dtype
-        values = scheme.dequantize_packed(self.packed, self.scale, self.zero_point, self.shape, self.format, dtype)
+        read = dtype if self.input_scale is None else torch.float32
+        values = scheme.dequantize_packed(self.packed, self.scale, self.zero_point, self.shape, self.format, read)
+        if self.input_scale is not None:
+            values = (values / self.input_scale.view(1, *self.shape[1:])).to(dtype)
         if self.outliers is not None:
             rows = rows_of(values, self.format)
             values = rows_to(
@@ -113,6 +119,8 @@ class QuantizedTensor:
             state["zero_point"] = self.zero_point
         if self.outliers is not None:
             state |= {"outlier_columns": self.outliers.columns, "outlier_values": self.outliers.values}
+        if self.input_scale is not None:
+            state["input_scale"] = self.input_scale
         return {**state, _FORMAT: text}
 
     @classmethod
@@ -153,11 +161,15 @@ class QuantizedTensor:
         parts = [f"{tuple(self.shape)}", str(fmt.scheme), f"{fmt.bits} bits", f"{self.bits_per_value:.3f} bits a value"]
         if self.outliers is not None:
             parts.append(f"{self.outliers.columns.numel()} outlier columns")
+        if self.input_scale is not None:
+            parts.append("rows divided by an input scale")
         return f"QuantizedTensor({', '.join(parts)}, dtype={self.dtype}, device={self.device})"
 
 
 def _scales_fit(held: QuantizedTensor) -> bool:
-    scale, zero = held.scale, held.zero_point
+    scale, zero, inputs = held.scale, held.zero_point, held.input_scale
+    if inputs is not None and (inputs.dtype != torch.float32 or inputs.shape != (prod(held.shape[1:]),)):
+        return False
     if scale.dtype != torch.float32 or (zero is not None and zero.shape != scale.shape):
         return False
     return held.format.dynamic or scale.shape == scale_shape(held.shape, held.format)
@@ -171,8 +183,9 @@ def _from_tensors(
     outliers = None
     if "outlier_columns" in state:
         outliers = Outliers(state.pop("outlier_columns"), state.pop("outlier_values"))
+    input_scale = state.pop("input_scale", None)
     unknown = [name for name in state if not name.startswith(_SCALE)]
     if unknown:
         raise ValueError(f"state_dict has {', '.join(map(repr, unknown))}, which no quantized tensor has; take it out")
     scale = {name.removeprefix(_SCALE): tensor for name, tensor in state.items()}
-    return QuantizedTensor(packed, scale, zero_point, fmt, shape, dtype, outliers)
+    return QuantizedTensor(packed, scale, zero_point, fmt, shape, dtype, outliers, input_scale)
