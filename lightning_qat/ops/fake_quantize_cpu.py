@@ -74,12 +74,17 @@ def _rounded(zero_point: Tensor | None) -> float:
     return 0.0 if zero_point is None else torch.round(zero_point.to(torch.float32)).item()
 
 
+def input_ends(scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> tuple[float, float]:
+    """Return between which values the gradient passes, of one scale."""
+    # Products of float32 numbers are exact in Python's, and rounded to float32 once, where they are used.
+    zero, step = _rounded(zero_point), scale.to(torch.float32).item()
+    return (quant_min - zero - EDGE) * step, (quant_max - zero + EDGE) * step
+
+
 def _per_tensor_gradient(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
-    # Products of float32 numbers are exact in Python's, and rounded to float32 once, where they are used.
-    zero, step = _rounded(zero_point), scale.to(torch.float32).item()
-    low, high = (quant_min - zero - EDGE) * step, (quant_max - zero + EDGE) * step
+    low, high = input_ends(scale, zero_point, quant_min, quant_max)
     result: Tensor = torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=empty_result(x, 0))
     return result
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op
-from lightning_qat.ops.fake_quantize_cpu import fake_quantize_backward_cpu, fake_quantize_cpu
+from lightning_qat.ops.fake_quantize_cpu import fake_quantize_backward_cpu, fake_quantize_cpu, input_ends
+from lightning_qat.ops.layout import empty_result
 
 #: What the dispatcher would come to for a plain tensor of the device; others go through it.
 _KERNELS = {"cpu": (fake_quantize_cpu, fake_quantize_backward_cpu)}
@@ -102,7 +104,7 @@ def learned_gradients(
 
     ``values`` is the fake-quantized ``x`` where somebody has just made it again.
     """
-    found = _by_products(grad, x, scale, zero_point, grid, values) if x.device.type == "cpu" else None
+    found = _by_products(grad, x, scale, zero_point, grid, values, needs_x) if x.device.type == "cpu" else None
     if found is not None:
         return found
     zero = None if zero_point is None else zero_point.to(torch.float32)
@@ -123,8 +125,9 @@ def _by_products(
     zero_point: Tensor | None,
     grid: tuple[int, int, int, int],
     values: Tensor | None,
+    needs_x: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return the gradients from sums of products of whole tensors; None where these do not apply.
+    """Return the gradients from sums of products, not of codes; None where these do not apply.
 
     With ``v`` the fake-quantized ``x`` and ``grad_x`` the gradient within the range, LSQ's sum over ``grad * codes``
     outside and ``grad * (codes - x / scale)`` inside is ``(sum(grad * v) - sum(grad_x * x)) / scale``, and LSQ+'s is
@@ -137,31 +140,73 @@ def _by_products(
     if axis < 0 and not group and x.dim() == 4 and not x.is_contiguous():  # one scale, so any order of elements will do
         x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
         values = None if values is None else values.permute(0, 2, 3, 1)
-        found = _by_products(grad, x, scale, zero_point, grid, values) if x.is_contiguous() else None
-        return None if found is None else (found[0].permute(0, 3, 1, 2), *found[1:])
+        found = _by_products(grad, x, scale, zero_point, grid, values, needs_x) if x.is_contiguous() else None
+        return None if found is None else (found[0].permute(0, 3, 1, 2) if needs_x else found[0], *found[1:])
     if not x.is_contiguous():
         return None
     grad = grad.contiguous()
-    grad_x = fake_quantize_backward_cpu(grad, x, scale, zero_point, *grid, _ONLY_X)[0]
     if values is None or not values.is_contiguous():
-        values = fake_quantize_cpu(x, scale, zero_point, *grid)
+        values = None
     rows = scale.numel()
-    change = _row_products(grad, values, rows) - _row_products(grad_x, x, rows)
+    if rows == 1 and axis < 0 and not group:
+        grad_x, change, clipped = _of_one_scale(grad, x, scale, zero_point, grid, values, needs_x)
+    else:
+        grad_x = fake_quantize_backward_cpu(grad, x, scale, zero_point, *grid, _ONLY_X)[0]
+        values = fake_quantize_cpu(x, scale, zero_point, *grid) if values is None else values
+        change = _row_products(grad, values, rows) - _row_products(grad_x, x, rows)
+        clipped = change if zero_point is None else grad.view(rows, -1).sum(1) - grad_x.view(rows, -1).sum(1)
     if not bool(change.isfinite().all()):
         return None  # infinite values, which the sums of the kernel leave out
     grad_scale = (change / scale.reshape(-1)).to(torch.float32).reshape(scale.shape)
     if zero_point is None:
         return grad_x, grad_scale, None
-    clipped = grad.view(rows, -1).sum(1) - grad_x.view(rows, -1).sum(1)
-    return grad_x, grad_scale, -scale * clipped.reshape(scale.shape)
+    return grad_x, grad_scale, -scale * clipped.to(torch.float32).reshape(scale.shape)
+
+
+def _of_one_scale(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: tuple[int, int, int, int],
+    values: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``grad_x`` and, ``[1]`` and float64, ``sum(grad * v) - sum(grad_x * x)`` and ``sum(grad) - sum(grad_x)``.
+
+    In pieces that stay in a core's cache: memory is read once, and written once where there is a ``grad_x``, where
+    whole tensors took ten reads and three writes, of which two were of products in fresh memory.
+    """
+    low, high = input_ends(scale, zero_point, grid[0], grid[1])
+    flat = [t.view(-1) for t in (grad, x)]
+    made = None if values is None else values.view(-1)
+    grad_x = empty_result(x, 0) if needs_x else x.new_empty(0)
+    kept = grad_x.view(-1) if needs_x else x.new_empty(min(CHUNK, x.numel()))
+    sums: list[Tensor] = []
+    for start in range(0, x.numel(), CHUNK):
+        g, part = (t[start : start + CHUNK] for t in flat)
+        inside = kept[start : start + CHUNK] if needs_x else kept[: g.numel()]
+        torch.ops.aten.hardtanh_backward.grad_input(g, part, low, high, grad_input=inside)
+        v = fake_quantize_cpu(part, scale, zero_point, *grid) if made is None else made[start : start + CHUNK]
+        sums += [torch.dot(g, v), torch.dot(inside, part)]
+        if zero_point is not None:
+            sums += [g.sum(), inside.sum()]
+    columns = 2 if zero_point is None else 4
+    total = torch.stack(sums).view(-1, columns).sum(0, dtype=torch.float64)
+    change = total[0] - total[1]
+    return grad_x, change.view(1), (change if zero_point is None else total[2] - total[3]).view(1)
 
 
 def _row_products(a: Tensor, b: Tensor, rows: int) -> Tensor:
     """Return the sums of products of each of ``rows`` equal parts, ``[rows]``, float64."""
     a, b = a.view(rows, -1), b.view(rows, -1)
+    step = max(CHUNK // a.shape[1], 1)  # of the product PyTorch makes a tensor, which is to stay in the cache
+    if step < rows:
+        parts = zip(a.split(step), b.split(step), strict=True)
+        return torch.cat([_row_products(one, other, len(one)) for one, other in parts])
     whole = a.shape[1] // _RUN * _RUN if a.shape[1] > 2 * _RUN else 0
     sums = torch.linalg.vecdot(a[:, whole:], b[:, whole:]).double()
     if whole:
-        parts = (t[:, :whole].unflatten(1, (-1, _RUN)) for t in (a, b))
-        sums += torch.linalg.vecdot(*parts).sum(1, dtype=torch.float64)
+        runs = (t[:, :whole].unflatten(1, (-1, _RUN)) for t in (a, b))
+        sums += torch.linalg.vecdot(*runs).sum(1, dtype=torch.float64)
     return sums

@@ -1,0 +1,95 @@
+"""The gradients of learned scales on a CPU: sums of products in pieces, against the definition in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lightning_qat as lq
+from lightning_qat.ops.chunks import CHUNK
+from lightning_qat.ops.fake_quantize import reference_fake_quantize_backward
+from lightning_qat.ops.fake_quantize_cpu import fake_quantize_cpu
+from lightning_qat.ops.straight_through import _by_products, learned_gradients
+
+
+def problem(shape, zero_point, scales=1):
+    torch.manual_seed(0)
+    grad, x = torch.randn(shape), torch.randn(shape) * 3
+    scale = torch.rand(scales) * 0.02 + 0.01
+    zero = None if zero_point is None else torch.full((scales,), zero_point, dtype=torch.int32)
+    return grad, x, scale if scales > 1 else scale[0], zero if scales > 1 or zero is None else zero[0]
+
+
+@pytest.mark.parametrize("shape", [(7,), (CHUNK,), (3 * CHUNK + 5,), (5, 3, 97, 101), (2, 40, 33, 31)])
+@pytest.mark.parametrize("zero_point", [None, 100])
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_one_scale(shape, zero_point, needs_x, given):
+    grad, x, scale, zero = problem(shape, zero_point)
+    grid = (-127, 127, -1, 0) if zero is None else (0, 255, -1, 0)
+    if len(shape) == 4 and shape[0] == 2:
+        grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    values = fake_quantize_cpu(x, scale, zero, *grid) if given else None
+    found = learned_gradients(grad, x, scale, zero, grid, needs_x, values)
+    assert _by_products(grad, x, scale, zero, grid, values, needs_x) is not None  # it was no kernel
+    wide = None if zero is None else zero.double()
+    needs = [True, True, zero is not None]
+    expected = reference_fake_quantize_backward(grad, x, scale, wide, *grid, needs)
+    if needs_x:
+        assert torch.equal(found[0], expected[0])
+        assert found[0].stride() == x.stride()
+    else:
+        assert not found[0].numel()
+    size = float(x.numel()) ** 0.5  # what the sum of so many random numbers is like
+    torch.testing.assert_close(found[1].double(), expected[1].double(), rtol=1e-4, atol=1e-3 * size)
+    if zero is not None:
+        torch.testing.assert_close(found[2].double(), expected[2].double(), rtol=1e-4, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("rows", [3, 700])
+def test_rows_of_their_own(rows):
+    grad, x, scale, _ = problem((rows, 300), None, scales=rows)
+    grid = (-127, 127, 0, 0)
+    found = learned_gradients(grad, x, scale, None, grid, True)
+    expected = reference_fake_quantize_backward(grad, x, scale, None, *grid, [True, True, False])
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-2)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which gradients convolutions are asked for, and the largest tensor that a product makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks, self.product = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(list(args[-1]))
+        if func in (torch.ops.aten.mul.Tensor, torch.ops.aten.linalg_vecdot.default):
+            self.product = max(self.product, result.numel())
+        return result
+
+
+def test_no_product_of_whole_tensors_is_made():
+    grad, x, scale, zero = problem((8, 3, 64, 64), 100)
+    with _Watch() as watch:
+        _by_products(grad, x, scale, zero, (0, 255, -1, 0), fake_quantize_cpu(x, scale, zero, 0, 255, -1, 0))
+    assert watch.product <= 1
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_fixed_range_of_the_data_saves_the_gradient_of_the_first_layers_input(learns):
+    """That gradient is what a learned scale costs there, not the sums: of the data a fixed range is mostly as good."""
+    config = lq.QATConfig("int4", per_channel=True, activation_bits=4, learnable_step_size=True)
+    fixed = lq.QuantizationConfig("int8", bits=4, symmetric=False)
+    rules = [] if learns else [lq.LayerRule("0", config.weight_config(), fixed)]
+    model = lq.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)),
+                       lq.QuantizationPlan(rules, base=config))  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    lq.calibrate(model, [x])
+    with _Watch() as watch:
+        model(x).sum().backward()
+    assert [mask[0] for mask in watch.masks] == [True, learns]
+    assert len(list(model[0].weight_quantizer.parameters())) == 1
