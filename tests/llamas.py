@@ -36,7 +36,7 @@ def quantized_llama(
     weight: Any, activation: Any = None, *rules: lq.LayerRule, tie: bool = False, **changes: Any
 ) -> Any:
     """Return it converted, all Linears of the blocks quantized and the head in float."""
-    model = llama(tie=tie, **changes)
+    model = llama(tie=tie)
     plan = lq.QuantizationPlan([lq.LayerRule(nn.Linear, weight, activation), lq.LayerRule("lm_head"), *rules])
     lq.prepare(model, plan)
     if activation is not None:

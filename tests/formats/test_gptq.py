@@ -164,9 +164,7 @@ def test_scales_beyond_float16_are_refused_and_dead_groups_are_not(tmp_path: Pat
     model = quantized_llama(CONFIGS["4 bits, groups"])
     layer = model.model.layers[1].mlp.down_proj
     layer.weight_scale[3, 2] = 1e-9
-    with pytest.raises(
-        ValueError, match=r"'model.layers.1.mlp.down_proj' has the scale 1e-09 \(output channel 3, group 2"
-    ):
+    with pytest.raises(ValueError, match=r"mlp.down_proj' has the scale 1e-09 \(output channel 3, group 2"):
         lq.export(model, tmp_path / "file", "gptq")
     assert not any(tmp_path.iterdir())
     codes = layer.codes
@@ -190,8 +188,6 @@ def test_groups_of_activation_order_are_not_read(tmp_path: Path) -> None:
     save_file(tensors, file)
     model = llama(seed=5)
     before = logits(model)
-    with pytest.raises(
-        lq.QuantizedFileError, match="'model.layers.1.mlp.up_proj' has groups of inputs that do not lie"
-    ):
+    with pytest.raises(lq.QuantizedFileError, match="mlp.up_proj' has groups of inputs that do not lie"):
         lq.import_quantized(tmp_path / "file", model)
     assert torch.equal(logits(model), before)
