@@ -1,32 +1,46 @@
-"""A pretrained image classifier, and images of which most have no label."""
+"""A pretrained image classifier that learns from what it was, on images of which most have no label."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_qat.tasks.image_classifier import ImageClassifier
 
 
 class UnlabelledClassifier(ImageClassifier):
-    """An :class:`ImageClassifier` for which a label below zero means that there is none.
+    """An :class:`ImageClassifier` taught by a frozen copy of the network that it is given; it needs no label.
 
-    Images without a label add nothing to the loss or to the metrics. A batch without any label has the loss 0, whose
-    gradient is 0: what such images teach comes from a teacher, such as ``SelfDistillation``. Of BatchNorm it
-    keeps the statistics and the mode as the pretrained network has them, since a few images would spoil them.
+    The loss is the mean squared distance between both networks' logits (Ba and Caruana, 2014,
+    https://arxiv.org/abs/1312.6184). A label below zero means that there is none: such images are left out of the
+    metrics. BatchNorm keeps the mode and the statistics of the pretraining, since a few images would spoil them.
 
-    Args and metrics are those of :class:`ImageClassifier`.
+    The copy is made when the task is, so it stays in float whatever happens to ``model``; it is no part of the
+    module, of its parameters or of its checkpoints. A teacher that shares the weights of the student, as that of the
+    callback ``SelfDistillation`` does, would follow it anywhere here: no other loss holds the two to the data.
+
+    Args:
+        model: maps images ``[N, C, H, W]`` to logits ``[N, classes]``.
+        **options: of :class:`ImageClassifier`.
     """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        # In a tuple, so that it is no part of this module.
+        self._teacher = (copy.deepcopy(model).eval().requires_grad_(False),)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss."""
-        images, labels = batch
-        logits = self(images)
-        known = labels >= 0
-        loss = logits.sum() * 0
-        if bool(known.any()):
-            loss = F.cross_entropy(logits[known], labels[known], label_smoothing=self.label_smoothing)
+        images, _ = batch
+        (teacher,) = self._teacher
+        with torch.no_grad():
+            wanted = teacher.to(images.device)(images)
+        loss = F.mse_loss(self(images), wanted.to(images.dtype))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
