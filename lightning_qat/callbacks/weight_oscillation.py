@@ -17,8 +17,10 @@ from lightning_qat.transforms.oscillation import (
     LayerOscillation,
     add_dampening_gradient,
     codes_now,
+    gradient_of,
     has_ordered_codes,
     hold_frozen,
+    is_in_parameter,
     untouchable_ends,
 )
 from lightning_qat.transforms.penalty import check_factor, matched_layers
@@ -104,7 +106,7 @@ class WeightOscillation(pl.Callback):
                 f"WeightOscillation(match={self.match!r}): no layer that matches has integer codes; "
                 f"{next(iter(found))!r} has {next(iter(found.values())).weight_quantizer.extra_repr()}"
             )
-        computed = [name for name, layer in self._layers.items() if layer._parameters.get("weight") is None]
+        computed = [name for name, layer in self._layers.items() if not is_in_parameter(layer)]
         if computed and self._freezing:
             raise ValueError(
                 f"the weight of layer {computed[0]!r} is computed from other parameters and cannot be frozen; leave "
@@ -129,10 +131,9 @@ class WeightOscillation(pl.Callback):
             add_dampening_gradient(self._layers, self.dampening * share, parameters)
         for name, layer in self._layers.items():
             state, quantizer = self._states.get(name), layer.weight_quantizer
-            if state is None or state.frozen is None or layer.weight.grad is None:
-                continue
-            if quantizer.quantizing and state.bits == quantizer.bits:
-                layer.weight.grad.masked_fill_(state.frozen, 0.0)  # clipping by norm would count it
+            gradient = None if state is None or state.frozen is None else gradient_of(layer)
+            if gradient is not None and quantizer.quantizing and state.bits == quantizer.bits:
+                gradient.masked_fill_(state.frozen, 0.0)  # clipping by norm would count it
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

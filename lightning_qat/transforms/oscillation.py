@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qat.nn import QATLayer
 from lightning_qat.nn.computed_weight import weight_now
@@ -102,6 +102,33 @@ class LayerOscillation:
             caught &= (target > ends[0]) & (target < ends[1])
         self.codes = torch.where(caught, target.to(self.codes.dtype), self.codes)
         self.frozen |= caught  # type: ignore[operator]
+
+
+def is_in_parameter(layer: QATLayer) -> bool:
+    """Whether the weight of ``layer`` is a parameter or a part of one, as a projection of an attention: no copy."""
+    return _holder(layer) is not None
+
+
+def _holder(layer: QATLayer) -> nn.Parameter | None:
+    """Return the parameter that the weight is, or is a part of."""
+    own = layer._parameters.get("weight")
+    if own is not None:
+        return own
+    weight, holders = layer.weight, layer.weight_parameters()
+    same = len(holders) == 1 and weight.untyped_storage().data_ptr() == holders[0].untyped_storage().data_ptr()
+    return holders[0] if same else None
+
+
+def gradient_of(layer: QATLayer) -> Tensor | None:
+    """Return the gradient of the weight, where it is; None where there is none."""
+    holder = _holder(layer)
+    if holder is None or holder.grad is None:
+        return None
+    weight = layer.weight
+    if holder.grad.is_sparse or weight.shape == holder.shape:
+        return holder.grad
+    start = (weight.storage_offset() - holder.storage_offset()) // weight.stride(0)  # rows, whatever strides grad has
+    return holder.grad[start : start + weight.shape[0]]
 
 
 def check_freezing(state: LayerOscillation) -> None:

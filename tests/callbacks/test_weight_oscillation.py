@@ -227,6 +227,49 @@ def test_all_ranks_have_the_same(tmp_path):
     assert_rank_equal(Plain, shuffled, freezing, folder=tmp_path)
 
 
+class Parts(Classifier):
+    """Weights that are parts of a parameter, and one that a recurrent layer owns."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.attention, self.rnn = nn.MultiheadAttention(8, 2, batch_first=True), nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x):
+        x = x.squeeze(1)
+        return self.head(self.rnn(self.attention(x, x, x)[0])[0].mean(1))
+
+
+def test_parts_of_a_parameter_freeze_alone(tmp_path):
+    callback, config = lq.WeightOscillation(freeze_threshold=0.02, momentum=0.5), lq.QuantizationConfig(bits=3)
+    plan = lq.QuantizationPlan([lq.LayerRule("rnn", config)], base=lq.QATConfig(bits=3, activation_bits=None))
+    names, held = ["attention.k_proj", "rnn.hh_l0"], []
+
+    class Watch(L.Callback):
+        before = None
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            for name, (frozen, _) in (self.before or {}).items():
+                whole = pl_module.attention.in_proj_weight.grad[8:16] if "attention" in name else \
+                    pl_module.rnn.weight_hh_l0.grad  # fmt: skip
+                assert not whole[frozen].any()
+                held.append((name, int(frozen.sum())))
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            layers = {name: pl_module.get_submodule(name) for name in names}
+            for name, (frozen, codes) in (self.before or {}).items():
+                assert torch.equal(layers[name].weight_codes()[frozen], codes[frozen])
+            self.before = {n: (callback._states[n].frozen.clone(), layers[n].weight_codes()) for n in names}
+
+    module = Parts()
+    module.lr = 0.5
+    rules = lq.QuantizationAwareTraining(plan, certify=False)
+    fit(tmp_path, module, callback, Watch(), rules=rules, max_epochs=3)
+    for name in names:
+        assert max(count for key, count in held if key == name) > 0
+
+
 class Normed(Classifier):
     def __init__(self):
         super().__init__()
