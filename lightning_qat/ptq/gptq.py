@@ -42,7 +42,8 @@ class GPTQOptions:
         damping: share of the mean of the Gram matrix's diagonal that is added to it; doubled until it can be inverted.
         activation_order: begin with the columns whose inputs are largest.
         static_groups: find all scales before the first column is rounded. Otherwise each group's are found when it is
-            reached, of the weights as they are by then, which needs ``activation_order=False``.
+            reached, of the weights as they are by then; with ``activation_order`` its columns then do not lie together,
+            which a :class:`QuantizedTensor` can hold and a layer of a model cannot.
         block_size: columns that are rounded before all others follow.
         scale_search: ``"none"`` takes the scales of the extremes; ``"mse"`` those of least squared error of the
             weights, ``"gram"`` of the weights weighted by the power of their inputs.
@@ -67,11 +68,6 @@ class GPTQOptions:
         check_int("block_size", self.block_size, 1)
         check_int("sweeps", self.sweeps, 0)
         check_choice("scale_search", self.scale_search, SCALE_SEARCHES)
-        if self.activation_order and not self.static_groups:
-            raise ValueError(
-                "static_groups=False is not allowed with activation_order=True, whose groups would be of columns that "
-                "do not lie together; use one of them"
-            )
 
     @classmethod
     def published(cls, **changes: Any) -> GPTQOptions:
@@ -106,6 +102,11 @@ def choose_gptq(
     """
     options = options or GPTQOptions()
     _check(weight, gram, fmt, scale)
+    if scale is None and orders_groups(weight.shape, fmt, options):
+        raise ValueError(
+            "static_groups=False with activation_order=True makes groups of columns that do not lie together, which a "
+            "layer cannot hold; use static_groups=True, activation_order=False, or GPTQQuantizer for a single tensor"
+        )
     weight, gram = weight.detach().to(torch.float32), gram.detach().to(weight.device, torch.float32)
     scheme = get_scheme(fmt.scheme)
     extremes = scheme.parameters_of(weight, fmt)
@@ -125,6 +126,12 @@ def choose_gptq(
         return replace(nearest, damping=solved.damping, notes=notes)
     kept = None if fmt.symmetric else chosen.zero_point
     return ChosenCodes(codes, chosen.scale, kept, fmt, loss, nearest.nearest_loss, solved.damping, notes)
+
+
+def orders_groups(shape: torch.Size, fmt: TensorFormat, options: GPTQOptions) -> bool:
+    """Return whether groups are of columns in activation order."""
+    width = part_columns(fmt, shape)
+    return options.activation_order and not options.static_groups and width is not None and width < shape[1]
 
 
 def _check(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from lightning_qat.config import QuantizationConfig
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.column_grid import check_target
-from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq
+from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq, orders_groups
 from lightning_qat.quantizers.quantizer import quantize
 from lightning_qat.schemes import get_scheme, weight_format
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
@@ -76,11 +77,17 @@ class GPTQQuantizer:
         if (self.config.observer or "min_max") != "min_max":
             observed = quantize(matrix, self.config)
             given = {"scale": observed.scale, "zero_point": observed.zero_point}
-        chosen = self.last = choose_gptq(matrix, hessian, fmt, self.options, **given)
+        order, options = None, self.options
+        if orders_groups(matrix.shape, fmt, options) and not given:
+            # Groups of columns in that order are groups of neighbours once the columns lie so.
+            order = torch.argsort(hessian.diagonal(), descending=True, stable=True).to(weight.device)
+            options = replace(options, activation_order=False)
+            matrix, hessian = matrix[:, order], hessian.to(weight.device)[order][:, order]
+        chosen = self.last = choose_gptq(matrix, hessian, fmt, options, **given)
         scheme: Any = get_scheme(fmt.scheme)
         packed = scheme.pack(chosen.codes.reshape(weight.shape), fmt)
         stored = scheme.store_scale(chosen.scale, fmt)
-        return QuantizedTensor(packed, stored, chosen.zero_point, fmt, weight.shape, weight.dtype)
+        return QuantizedTensor(packed, stored, chosen.zero_point, fmt, weight.shape, weight.dtype, order=order)
 
 
 def _check_weight(weight: Any) -> None:

@@ -45,6 +45,8 @@ class QuantizedTensor:
         outliers: columns that are not in the codes, or None.
         input_scale: float32, one for each element of a row, flattened: what rows were multiplied by before they were
             quantized, and values are divided by (AWQ); or None.
+        order: int64, one for each element of a row: which column of the tensor the stored column is, where GPTQ made
+            groups of columns that do not lie together; None where columns are stored as they lie.
     """
 
     packed: Tensor
@@ -55,11 +57,28 @@ class QuantizedTensor:
     dtype: torch.dtype
     outliers: Outliers | None = None
     input_scale: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def codes(self) -> Tensor:
         """The integer codes, in the shape of the float tensor."""
-        return get_scheme(self.format.scheme).unpack(self.packed, self.shape, self.format)
+        return self._in_place(get_scheme(self.format.scheme).unpack(self.packed, self.shape, self.format))
+
+    @property
+    def group_of_columns(self) -> Tensor | None:
+        """Which group, and so which scale of its row, each column has, int64; None without groups within rows."""
+        width, size = self.format.group_size or self.format.block_size, prod(self.shape[1:])
+        if width is None or len(self.shape) < 2 or size % width:
+            return None
+        groups = torch.arange(size, device=self.device) // width
+        return groups if self.order is None else torch.empty_like(groups).index_copy_(0, self.order, groups)
+
+    def _in_place(self, stored: Tensor) -> Tensor:
+        """Return what is stored for each column where the tensor has that column."""
+        if self.order is None:
+            return stored
+        rows = stored.reshape(self.shape[0], -1)
+        return torch.empty_like(rows).index_copy_(1, self.order, rows).view(self.shape)
 
     @property
     def scale(self) -> Tensor:
@@ -86,6 +105,7 @@ class QuantizedTensor:
         scheme, dtype = get_scheme(self.format.scheme), dtype or self.dtype
         read = dtype if self.input_scale is None else torch.float32
         values = scheme.dequantize_packed(self.packed, self.scale, self.zero_point, self.shape, self.format, read)
+        values = self._in_place(values)
         if self.input_scale is not None:
             values = (values / self.input_scale.view(1, *self.shape[1:])).to(dtype)
         if self.outliers is not None:
@@ -121,6 +141,8 @@ class QuantizedTensor:
             state |= {"outlier_columns": self.outliers.columns, "outlier_values": self.outliers.values}
         if self.input_scale is not None:
             state["input_scale"] = self.input_scale
+        if self.order is not None:
+            state["order"] = self.order
         return {**state, _FORMAT: text}
 
     @classmethod
@@ -146,7 +168,7 @@ class QuantizedTensor:
             raise ValueError(f"state_dict[{_FORMAT!r}] is damaged: {error}") from None
         made = _from_tensors(state, fmt, shape, dtype)
         try:
-            fits = made.codes.shape == shape and _scales_fit(made)
+            fits = _order_fits(made) and made.codes.shape == shape and _scales_fit(made)
         except (KeyError, RuntimeError, ValueError):
             fits = False
         if not fits:
@@ -163,7 +185,16 @@ class QuantizedTensor:
             parts.append(f"{self.outliers.columns.numel()} outlier columns")
         if self.input_scale is not None:
             parts.append("rows divided by an input scale")
+        if self.order is not None:
+            parts.append("columns in an order of their own")
         return f"QuantizedTensor({', '.join(parts)}, dtype={self.dtype}, device={self.device})"
+
+
+def _order_fits(held: QuantizedTensor) -> bool:
+    if held.order is None:
+        return True
+    columns = torch.arange(prod(held.shape[1:]), device=held.order.device)
+    return len(held.shape) > 1 and torch.equal(held.order.sort().values, columns)
 
 
 def _scales_fit(held: QuantizedTensor) -> bool:
@@ -183,9 +214,9 @@ def _from_tensors(
     outliers = None
     if "outlier_columns" in state:
         outliers = Outliers(state.pop("outlier_columns"), state.pop("outlier_values"))
-    input_scale = state.pop("input_scale", None)
+    input_scale, order = state.pop("input_scale", None), state.pop("order", None)
     unknown = [name for name in state if not name.startswith(_SCALE)]
     if unknown:
         raise ValueError(f"state_dict has {', '.join(map(repr, unknown))}, which no quantized tensor has; take it out")
     scale = {name.removeprefix(_SCALE): tensor for name, tensor in state.items()}
-    return QuantizedTensor(packed, scale, zero_point, fmt, shape, dtype, outliers, input_scale)
+    return QuantizedTensor(packed, scale, zero_point, fmt, shape, dtype, outliers, input_scale, order)

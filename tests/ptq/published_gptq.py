@@ -51,7 +51,7 @@ def published(
             column = start + i
             if not static_groups and column % group_size == 0:
                 groups[column // group_size] = grid(weight[:, column : column + group_size], bits, symmetric)
-            scale, zero = groups[int(order[column]) // group_size]
+            scale, zero = groups[(int(order[column]) if static_groups else column) // group_size]
             code = torch.clamp(torch.round(block[:, i] / scale) + zero, 0, most)
             codes[:, column], values[:, column] = code, scale * (code - zero)
             errors[:, i] = (block[:, i] - values[:, column]) / factor[column, column]

@@ -12,7 +12,7 @@ from ptq.published_gptq import grid, published
 from tensors import randn
 from torch import Tensor, nn
 
-from lightning_qat import BitsAndBytesConfig, QuantizationConfig
+from lightning_qat import BitsAndBytesConfig, GPTQQuantizer, QuantizationConfig
 from lightning_qat.ptq.chosen import output_error
 from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq
 from lightning_qat.schemes import TensorFormat, get_scheme, scale_shape, weight_format
@@ -130,7 +130,8 @@ def test_codes_are_gptqmodels() -> None:
     weight, _ = layer(128, 256)
     inputs = randn(1500, 256, seed=7) @ (randn(256, 256, seed=8) / 16 + 0.5 * torch.eye(256))
     gram = inputs.t() @ inputs
-    for symmetric, order, static in ((True, False, False), (True, True, True), (False, True, True)):
+    orders = ((True, False, False), (True, True, True), (False, True, True), (True, True, False))
+    for symmetric, order, static in orders:
         config = QuantizeConfig(
             bits=4, group_size=64, sym=symmetric, desc_act=order, static_groups=static, damp_percent=0.01,
             act_group_aware=False, offload_to_disk=False,
@@ -140,18 +141,21 @@ def test_codes_are_gptqmodels() -> None:
         peer = GPTQ(linear, config)
         peer.quantizer.configure(perchannel=True)
         peer.add_batch(inputs[None], None)
-        values = peer.quantize()[0].float()
+        values, _, _, groups, *_ = peer.quantize()
         # The witness of the tests above is right by this one, too.
         _, witness = published(
             weight, gram, bits=4, symmetric=symmetric, group_size=64, activation_order=order, static_groups=static
         )
-        fmt = TensorFormat("gptq", 4, symmetric, group_size=64)
-        options = GPTQOptions.published(activation_order=order, static_groups=static)
-        chosen = choose_gptq(weight, gram, fmt, options)
-        step = float(chosen.scale.min())
+        quantizer = GPTQQuantizer(
+            QuantizationConfig("gptq", symmetric=symmetric, group_size=64),
+            GPTQOptions.published(activation_order=order, static_groups=static),
+        )
+        ours = quantizer.quantize(weight, gram)
+        step = float(ours.scale.min())
         assert ((witness - values).abs() < step / 100).float().mean() >= 0.999
-        assert ((chosen.values() - values).abs() < step / 100).float().mean() >= 0.999
-        assert chosen.loss <= 1.001 * output_error(weight, values, gram)
+        assert ((ours.dequantize() - values).abs() < step / 100).float().mean() >= 0.999
+        assert output_error(weight, ours.dequantize(), gram) <= 1.001 * output_error(weight, values, gram)
+        assert torch.equal(ours.group_of_columns, groups.long())
 
 
 # --- every grid -----------------------------------------------------------------------------------
@@ -342,6 +346,7 @@ def test_worse_than_nearest_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
         ({"weight": torch.full((4, 32), math.nan)}, "holds nan at index"),
         ({"gram": torch.eye(31)}, r"gram has shape \(31, 31\); a weight of 32 input features takes \(32, 32\)"),
         ({"scale": torch.ones(5)}, r"scale has shape \(5,\); .* takes \(4, 2\)"),
+        ({"options": GPTQOptions(static_groups=False)}, "columns that do not lie together, which a layer cannot hold"),
         ({"scale": torch.zeros(4, 2)}, "scale holds a value that is not positive"),
     ],
 )  # fmt: skip
@@ -364,7 +369,6 @@ def test_errors(change: dict, message: str) -> None:
         ({"block_size": 0}, "block_size=0 is not allowed"),
         ({"sweeps": -1}, "sweeps=-1 is not allowed"),
         ({"scale_search": "grams"}, "scale_search='grams' is not known; use one of: 'gram'"),
-        ({"static_groups": False}, "static_groups=False is not allowed with activation_order=True"),
     ],
 )
 def test_wrong_options(change: dict, message: str) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from ptq.published_gptq import published
 from ptq.test_gptq import layer
 from tensors import randn
 from torch import Tensor, nn
@@ -71,6 +72,53 @@ def test_any_multiple_of_the_gram_matrix_will_do() -> None:
     weight, gram = layer(16, 64)
     one, other = (GPTQQuantizer("gptq").quantize(weight, gram * factor) for factor in (1.0, 2.0**-20))
     assert torch.equal(one.packed, other.packed)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_groups_of_columns_in_activation_order(symmetric: bool, bits: int) -> None:
+    weight, gram = layer(48, 256)
+    expected, values = published(
+        weight, gram, bits=bits, symmetric=symmetric, group_size=64, activation_order=True, static_groups=False
+    )
+    config = QuantizationConfig("gptq", bits=bits, symmetric=symmetric, group_size=64)
+    quantizer = GPTQQuantizer(config, GPTQOptions.published(static_groups=False))
+    held = quantizer.quantize(weight, gram)
+    codes = held.codes.float() + (2 ** (bits - 1) if symmetric else 0)
+    assert (codes == expected).float().mean() >= 0.999
+    assert output_error(weight, held.dequantize(), gram) <= 1.001 * output_error(weight, values, gram)
+    assert torch.equal(held.order, torch.argsort(gram.diagonal(), descending=True))
+    assert torch.equal(held.group_of_columns[held.order], torch.arange(256) // 64)
+    zero = 0 if held.zero_point is None else held.zero_point[:, held.group_of_columns]
+    torch.testing.assert_close((held.codes - zero) * held.scale[:, held.group_of_columns], held.dequantize())
+    read = QuantizedTensor.from_state_dict(held.state_dict())
+    assert torch.equal(read.dequantize(), held.dequantize())
+    assert torch.equal(held.to(torch.bfloat16).dequantize(), held.dequantize().bfloat16())
+    assert "columns in an order of their own" in repr(held)
+    wrong = {**held.state_dict(), "order": held.order.clamp(max=5)}
+    with pytest.raises(ValueError, match="is no tensor with its scales"):
+        QuantizedTensor.from_state_dict(wrong)
+    assert quantizer.last.loss < 0.7 * quantizer.last.nearest_loss
+    better = GPTQQuantizer(config, GPTQOptions(static_groups=False))
+    better.quantize(weight, gram)
+    assert better.last.loss < quantizer.last.loss
+
+
+def test_an_order_of_convolutions_codebooks_and_rows() -> None:
+    weight, gram = layer(8, 128)
+    options = GPTQOptions(static_groups=False)
+    flat = GPTQQuantizer(QuantizationConfig("gptq", group_size=32), options).quantize(weight, gram)
+    held = GPTQQuantizer(QuantizationConfig("gptq", group_size=32), options).quantize(weight.view(8, 2, 8, 8), gram)
+    assert torch.equal(held.dequantize(), flat.dequantize().view(8, 2, 8, 8))
+    assert torch.equal(held.codes, flat.codes.view(8, 2, 8, 8))
+    nf4 = GPTQQuantizer("nf4", options).quantize(weight, gram)
+    assert nf4.order is not None
+    assert output_error(weight, nf4.dequantize(), gram) < output_error(
+        weight, quantize(weight, "nf4").dequantize(), gram
+    )
+    for config in (QuantizationConfig("gptq", per_channel=True), QuantizationConfig("gptq", group_size=128)):
+        assert GPTQQuantizer(config, options).quantize(weight, gram).order is None
+    assert quantize(weight, QuantizationConfig("int8")).group_of_columns is None
 
 
 def test_an_observer_of_the_config_gives_the_scales() -> None:
