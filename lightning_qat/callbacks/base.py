@@ -77,6 +77,10 @@ class QuantizationCallback(pl.Callback):
         """Return ``(when, what)`` of what :meth:`refine` may do, for :meth:`explain`."""
         return []
 
+    def can_roll_back(self) -> bool:
+        """Return whether this callback has weights to go back to where they broke."""
+        return False
+
     def has_final_bits(self) -> bool:
         """Return whether :meth:`refine` will change no bits any more."""
         return True

@@ -141,6 +141,8 @@ class LearnedScales(QuantizationCallback):
 
     def _check(self, trainer: pl.Trainer) -> None:
         self._checked = trainer.global_step
+        if any(peer.can_roll_back() for peer in self._peers(trainer)):
+            return
         check_scales([quantizer.learned for quantizer, _ in self._scales if quantizer.learned is not None])
 
     def on_save_checkpoint(

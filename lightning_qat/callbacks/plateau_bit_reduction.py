@@ -29,9 +29,10 @@ class PlateauBitReduction(StagedBitReduction):
 
     Every ``every_n_steps`` optimizer steps the mean of the metric since the last look, over all ranks, is compared
     with the best at the present bits. Without an improvement in ``patience`` looks, the next reduction comes before
-    the next batch. Weights, buffers, quantizers and the optimizers' state are kept from just before it; if the metric
-    is then NaN or infinite, or worse than before by more than ``divergence`` in ``recovery`` looks in a row, or at the
-    end of the run, they are put back with the bits they had. Data and learning rates go on.
+    the next batch. Weights, buffers, quantizers and the optimizers' state are kept from just before it; if a weight
+    (looked at after every step) or the metric is then NaN or infinite, or the metric worse than before by more than
+    ``divergence`` in ``recovery`` looks in a row, or at the end of the run, they are put back with the bits they had.
+    Data and learning rates go on.
 
     What is kept is on the CPU and in every checkpoint until the next reduction, or until the last one has settled: the
     size of the weights and the optimizers' state once more. A resumed run decides as one that never stopped.
@@ -92,7 +93,7 @@ class PlateauBitReduction(StagedBitReduction):
         super()._begin_anew()
         self._plateau = Plateau(**self._rules)
         self._sums: list[Tensor | float] = [0.0, 0.0]  # of the monitor and of the guard since the last look
-        self._count, self._looked, self._due = 0, 0, False
+        self._count, self._looked, self._due, self._broken = 0, 0, False, False
         self._snapshot: dict[str, Any] | None = None
         self._rolled_back, self._given_up = 0, False
 
@@ -101,7 +102,7 @@ class PlateauBitReduction(StagedBitReduction):
             **super().state_dict(),
             "plateau": self._plateau.state_dict(),
             "sums": [float(value) for value in self._sums],
-            "seen": [self._count, self._looked, self._due],
+            "seen": [self._count, self._looked, self._due, self._broken],
             "snapshot": self._snapshot,
             "rolled_back": [self._rolled_back, self._given_up],
         }
@@ -110,9 +111,12 @@ class PlateauBitReduction(StagedBitReduction):
         super().load_state_dict(state_dict)
         self._plateau.load_state_dict(state_dict["plateau"])
         self._sums = list(state_dict["sums"])
-        self._count, self._looked, self._due = state_dict["seen"]
+        self._count, self._looked, self._due, self._broken = state_dict["seen"]
         self._snapshot = state_dict["snapshot"]
         self._rolled_back, self._given_up = state_dict["rolled_back"]
+
+    def can_roll_back(self) -> bool:
+        return self._snapshot is not None
 
     def has_final_bits(self) -> bool:
         return self._given_up or super().has_final_bits()
@@ -132,11 +136,15 @@ class PlateauBitReduction(StagedBitReduction):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not _quantizes(trainer, trainer.global_step - 1):
             self._looked = trainer.global_step
-        elif self.every_n_steps is not None:
+            return
+        # Before the next forward pass, whose observers refuse NaN. Weights are the same on all ranks.
+        self._broken = self._snapshot is not None and not _is_finite(pl_module)
+        if self.every_n_steps is not None:
             self._add(trainer)
             self._due = trainer.global_step - self._looked >= self.every_n_steps
-            if _is_over(trainer):
-                self._look(trainer, pl_module, at_the_end=True)
+        self._due = self._due or self._broken
+        if _is_over(trainer) and (self.every_n_steps is not None or self._broken):
+            self._look(trainer, pl_module, at_the_end=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -179,10 +187,13 @@ class PlateauBitReduction(StagedBitReduction):
             values[0] = _decibel(float(quantization_penalty(pl_module, match=self.match).detach()))
         elif self.guard is None:
             values[1] = values[0]
-        if trainer.world_size > 1:
+        if self._broken:
+            values = [math.nan, math.nan]
+        elif trainer.world_size > 1:
             shared = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
             values = trainer.strategy.reduce(shared, reduce_op="mean").tolist()
-        self._sums, self._count, self._looked, self._due = [0.0, 0.0], 0, trainer.global_step, False
+        self._sums, self._count, self._looked = [0.0, 0.0], 0, trainer.global_step
+        self._due = self._broken = False
         found = self._plateau.look(*values, at_the_end=at_the_end)
         if found == "diverged" and self._snapshot is not None:
             self._go_back(trainer, pl_module, self._snapshot, values[1])
@@ -216,6 +227,11 @@ def _name(field_name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{field_name}={value!r} is not allowed; use the name of a logged metric")
     return value
+
+
+def _is_finite(module: pl.LightningModule) -> bool:
+    norms = torch._foreach_norm([p.detach() for p in module.parameters() if p.numel() and p.is_floating_point()])
+    return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())
 
 
 def _decibel(noise: float) -> float:

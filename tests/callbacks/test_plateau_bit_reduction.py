@@ -82,6 +82,33 @@ def test_a_divergence_brings_weights_optimizer_and_bits_back(tmp_path, bad, lear
         assert module.conv.input_quantizer.bits == 8
 
 
+class Poison(Callback):
+    """Makes a weight NaN after a step, as an exploding gradient does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                pl_module.conv.weight.fill_(math.nan)
+
+
+@pytest.mark.parametrize("config", [lq.QATConfig("int8"), lq.QATConfig("int8", learnable_step_size=True, bits=8)])
+def test_training_goes_on_from_nan_weights(tmp_path, config):
+    """For some steps everything is NaN: outputs, gradients, momentum, learned scales, what observers see."""
+    reduction = lq.PlateauBitReduction([8, 4], "train/loss", every_n_steps=3, patience=1, min_delta=1.0, recovery=1)
+    callbacks = [qat(config), Poison(7), reduction, Watch()]
+    callbacks += [lq.LearnedScales(check_every=1)] if config.learnable_step_size else []
+    module = Classifier()
+    with pytest.warns(UserWarning, match="train/loss: nan"):
+        trainer(tmp_path, callbacks, max_epochs=2).fit(module, loader())
+    assert reduction.stage == 1  # it was tried again
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in module.state_dict().values() if
+               isinstance(tensor, torch.Tensor))  # fmt: skip
+    assert_ships(module)
+
+
 def test_a_roll_back_puts_every_bit_of_module_and_optimizer_back(tmp_path):
     class Backs(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
