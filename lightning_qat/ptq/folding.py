@@ -157,7 +157,8 @@ class _Trial:
             if fold is None or fold.source is None or fold.channels is None:
                 continue
             source = by_name.get(fold.source.name)
-            if source is None or source.channels != fold.source.channels or self._size(group) != len(fold.channels):
+            # The other block's source may be packed by now: only what was written down of it is looked at.
+            if source is None or self._size(group) != len(fold.channels) or fold.channels.max() >= source.channels:
                 continue
             folds.append(Fold(group, replace(source, offset=fold.source.offset), fold.channels))
         return {fold.layers: fold for fold in folds} if folds and self._holds(folds) else {}
