@@ -131,7 +131,9 @@ class WeightOscillation(pl.Callback):
             add_dampening_gradient(self._layers, self.dampening * share, parameters)
         for name, layer in self._layers.items():
             state, quantizer = self._states.get(name), layer.weight_quantizer
-            gradient = None if state is None or state.frozen is None else gradient_of(layer)
+            if state is None or state.frozen is None:
+                continue
+            gradient = gradient_of(layer)
             if gradient is not None and quantizer.quantizing and state.bits == quantizer.bits:
                 gradient.masked_fill_(state.frozen, 0.0)  # clipping by norm would count it
 
