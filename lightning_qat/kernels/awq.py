@@ -23,8 +23,8 @@ from lightning_qat.kernels.launch import EXACT, Tuned, blocks_of, on_device_of
 
 #: Outputs of a word.
 WORD = 8
-#: Words and inputs of a tile: 128 outputs times 64 inputs.
-_WORDS, _INPUTS = 16, 64
+#: Words and inputs of a tile: 64 outputs times 64 inputs, 16 to a thread; twice as many take 210 registers.
+_WORDS, _INPUTS = 8, 64
 _WARPS = 8
 
 
