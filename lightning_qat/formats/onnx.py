@@ -1,13 +1,93 @@
-"""ONNX files with QuantizeLinear and DequantizeLinear."""
+"""ONNX files with QuantizeLinear and DequantizeLinear, as onnxruntime and other engines read them.
+
+Integer weights are int8 initializers, or uint8 ones where asymmetric, each with a DequantizeLinear: per tensor, per
+channel, or in blocks. A static input passes a QuantizeLinear and a DequantizeLinear on its own grid; one with dynamic
+ranges is computed on as integers where it can be (MatMulInteger), scales being found in the graph. BatchNorm that
+conversion folded is gone. The model is traced by ``torch.export``, so it has to be what that takes.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.formats.traced_layers import make_traceable
+from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.transforms.prepare import copy_model
+
+#: The first with DequantizeLinear in blocks.
+OPSET = 21
+_INSTALL = "pip install onnx onnxscript"
 
 
 def write_onnx(model: nn.Module, path: Path, example: Any) -> Path:
-    """Write ``model`` as one ONNX file."""
-    raise ValueError("format='onnx' is not there yet; use another")
+    """Write a converted model as one ONNX file.
+
+    Args:
+        model: converted, in float32.
+        path: of the file.
+        example: a tensor, a tuple of positional or a dict of keyword arguments. The first dimension of every tensor may
+            vary later, of integer tensors (ids, masks) the second too, as far as the model lets them.
+
+    Raises:
+        ValueError: if the model is not converted, or ONNX has no operator for a layer's format; it is named.
+        FileExistsError: if ``path`` is there already.
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+    """
+    if any(isinstance(module, QATLayer) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is prepared but not converted; export convert(model)")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no quantized layer; export convert(model) of a prepared model")
+    if example is None:
+        raise ValueError("format='onnx' traces the model and needs a batch to do so; give example=batch")
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; choose another path, or delete it")
+    traced = copy_model(getattr(model, "_orig_mod", model)).cpu().eval()
+    for name, module in traced.named_modules():
+        if isinstance(module, QuantizedLayer):
+            make_traceable(name, module)
+    program = _trace(traced, example)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        program.save(Path(folder) / path.name)
+        os.replace(Path(folder) / path.name, path)
+    return path
+
+
+def _trace(model: nn.Module, example: Any) -> Any:
+    args, kwargs = (), {}
+    if isinstance(example, dict):
+        kwargs = dict(example)
+    else:
+        args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    shapes: Any = {name: _free(value) for name, value in kwargs.items()} if kwargs else tuple(map(_free, args))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions and of names that torch.onnx makes up itself
+            return torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                external_data=False,
+                verbose=False,
+            )
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"ONNX files are written with onnx and onnxscript; run: {_INSTALL}") from error
+
+
+def _free(value: Any) -> Any:
+    """Return which dimensions of an argument may vary."""
+    if not isinstance(value, Tensor):
+        return None
+    count = 1 if value.is_floating_point() else 2
+    return dict.fromkeys(range(min(count, value.dim())), torch.export.Dim.AUTO)
