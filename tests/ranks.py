@@ -153,6 +153,13 @@ def deciding(folder, world, rank):
             "rolled_back": gated._rolled_back}  # fmt: skip
 
 
+def fixed_data(folder, world, rank):
+    """Learned scales but of the data: no rank waits for their gradients."""
+    config = lq.QATConfig("int8", per_channel=True, learnable_step_size=True)
+    qat = lq.QuantizationAwareTraining(config, calibration_batches=2, certify=False, start_step=2)
+    return fit(folder, world, rank, Plain(), [qat, lq.LearnedScales(of_data=False)])[0]
+
+
 def branches(folder, world, rank):
     strategy = DDPStrategy(find_unused_parameters=True)
     return fit(folder, world, rank, Branches(), int8(), strategy)[0]
@@ -203,7 +210,7 @@ def other_layers(folder, world, rank):
             ((name, layer.input_quantizer) for name, layer in qat_layers(model))}  # fmt: skip
 
 
-SCENARIOS = (ddp, uncalibrated, accumulating, deciding, branches, fsdp, calibration, other_layers)
+SCENARIOS = (ddp, uncalibrated, accumulating, deciding, fixed_data, branches, fsdp, calibration, other_layers)
 
 
 def run_two(folder):

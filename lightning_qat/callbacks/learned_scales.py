@@ -16,7 +16,7 @@ from lightning_qat.callbacks.active_schedule import active_schedule
 from lightning_qat.callbacks.averaged_weights import _averaging
 from lightning_qat.callbacks.base import QuantizationCallback
 from lightning_qat.callbacks.module_hooks import _stand_in, restore_hook
-from lightning_qat.config import check_int
+from lightning_qat.config import check_bool, check_int
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.quantizers.clipping import LearnedClipping
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
@@ -45,6 +45,9 @@ class LearnedScales(QuantizationCallback):
         clip: largest norm of all scales' gradients together, None for no limit. The Trainer's ``gradient_clip_val``
             and ``clip_gradients`` see the other gradients alone: those of scales would count in the norm of the
             weights.
+        of_data: learn the scale of a layer's input by gradient also where the input needs none: the data, which the
+            first layers are given. False leaves it at that of least squared error and saves the gradient of those
+            layers' input, which nothing else needs: most of what learned scales cost.
         check_every: optimizer steps between two looks for a scale that is none any more, which read from the device.
             There is one before every checkpoint and at the end in any case.
 
@@ -53,13 +56,17 @@ class LearnedScales(QuantizationCallback):
             for a scale that would be zero, infinite or NaN, naming the layer.
     """
 
-    def __init__(self, lr: float | None = None, clip: float | None = 1.0, *, check_every: int = 100) -> None:
+    def __init__(
+        self, lr: float | None = None, clip: float | None = 1.0, *, of_data: bool = True, check_every: int = 100
+    ) -> None:
         super().__init__()
         for name, value in (("lr", lr), ("clip", clip)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r} is not allowed; use a positive number or None")
         self.lr, self.clip = lr, clip
+        check_bool("of_data", of_data)
+        self.of_data = of_data
         self.check_every = check_int("check_every", check_every, 1)
         self._scales: list[tuple[FakeQuantizer, list[nn.Parameter]]] = []
         self._in_optimizer: dict[int, list[nn.Parameter]] = {}
@@ -75,6 +82,9 @@ class LearnedScales(QuantizationCallback):
                 f"{type(pl_module).__name__} has no learned scale; prepare it with a plan that has some, such as "
                 "QuantizationAwareTraining(QATConfig('int4', learnable_step_size=True))"
             )
+        for quantizer, _ in self._scales:
+            if isinstance(quantizer, ActivationQuantizer):
+                quantizer.learns_of_data = self.of_data
         self._separate(trainer, pl_module)
         for name in _CLIPPING:
             _stand_in(pl_module, name, self._hiding(getattr(pl_module, name)))

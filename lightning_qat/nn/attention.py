@@ -125,7 +125,7 @@ class QATProjection(QATLinear, Projection):
         made, self.given = self.given, None
         if made is None:
             return super().compute(x, function)
-        weight = fake_quantize_again(self.weight_quantizer, self.weight)
+        weight = fake_quantize_again(self.weight_quantizer, self._joined_weight(x))
         with made_again_in_backward(made, weight):
             return function(made[0], weight[0])
 

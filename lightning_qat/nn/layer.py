@@ -66,9 +66,16 @@ class QATLayer(_Adopting):
     def compute(self, x: Tensor, function: LayerFunction) -> Tensor:
         """Return ``function`` of the fake-quantized input and weight."""
         quantized_x = fake_quantize_again(self.input_quantizer, x)
-        quantized_weight = fake_quantize_again(self.weight_quantizer, self.weight)
+        quantized_weight = fake_quantize_again(self.weight_quantizer, self._joined_weight(x))
         with made_again_in_backward(quantized_x, quantized_weight):
             return function(quantized_x[0], quantized_weight[0])
+
+    def _joined_weight(self, x: Tensor) -> Tensor:
+        """Return the weight, with the input's learned scale in its graph where ranks wait for it and ``x`` has none."""
+        quantizer = self.input_quantizer
+        if quantizer is None or quantizer.learned is None or quantizer.learns_from(x):
+            return self.weight
+        return quantizer.learned.joined(self.weight)
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the weight is, is computed from, or is a part of."""

@@ -69,7 +69,8 @@ def _may_keep(quantizer: FakeQuantizer | None) -> TypeGuard[WeightQuantizer]:
 
 def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tuple[Tensor, _Again | None]:
     """Return the fake-quantized ``source`` and how to make it again; itself and None where it stays in float."""
-    if quantizer is not None and quantizer.learned is not None:
+    stays = quantizer is not None and quantizer.learned is not None and not quantizer.learns_from(source)
+    if quantizer is not None and quantizer.learned is not None and not stays:
         source = quantizer.joined(source)
     if _may_keep(quantizer) and not torch.compiler.is_compiling():
         kept: Any = quantizer.kept
@@ -83,20 +84,23 @@ def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tupl
     parameters = None if quantizer is None else quantizer.parameters_now(source)
     if quantizer is None or parameters is None:
         return source, None
-    if torch.compiler.is_compiling():
-        return quantizer.fake_quantize(source, parameters), None
-    if not has_memory_of_its_own(source) or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or not has_memory_of_its_own(source) or torch.jit.is_tracing():
+        if stays:
+            return quantizer.scheme.fake_quantize(source, *parameters), None
         return quantizer.fake_quantize(source, parameters), None
     covered = isinstance(quantizer, WeightQuantizer) and quantizer.covers_weight
     made: list[Tensor] = []
     with passing_results():
-        quantized = quantizer.fake_quantize_through(source, parameters, made, covered=covered)
+        if stays:
+            quantized = quantizer.scheme.fake_quantize_through(source, *parameters)
+        else:
+            quantized = quantizer.fake_quantize_through(source, parameters, made, covered=covered)
     if quantizer.debug_callback is not None:
         tell(quantizer, source, quantized, parameters)
     if not torch.is_grad_enabled():
         return quantized, None
     again = _Again(source, parameters, quantizer)
-    again.made = made if quantizer.learns_now else None
+    again.made = made if quantizer.learns_now and not stays else None
     return quantized, again
 
 

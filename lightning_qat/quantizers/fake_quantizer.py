@@ -155,6 +155,10 @@ class FakeQuantizer(QuantizationState):
         """Whether a call now has a gradient for the scale."""
         return self.learned is not None and self.quantizing and not self.frozen and torch.is_grad_enabled()
 
+    def learns_from(self, x: Tensor) -> bool:
+        """Return whether a learned scale has a gradient from ``x``."""
+        return self.learned is not None
+
     def joined(self, x: Tensor) -> Tensor:
         """Return ``x``, with the parameters in its graph where ranks wait for them and nothing else uses them."""
         return x if self.learned is None or self.learns_now else self.learned.joined(x)
@@ -219,6 +223,8 @@ class ActivationQuantizer(FakeQuantizer):
         super().__init__(config, name, (), fmt)
         self.spatial_dims = spatial_dims
         self.calibrating = False
+        #: Learn a scale by gradient from inputs that need none themselves: the data. See ``LearnedScales``.
+        self.learns_of_data = True
         self.calibrated = fmt.dynamic
         #: Ranges are learned after each batch and hold for the next, see ``transforms/ranges.py``.
         self.deferred = False
@@ -236,6 +242,9 @@ class ActivationQuantizer(FakeQuantizer):
 
     def _clipping(self, decay: float, fmt: TensorFormat, whose: str) -> LearnedScale:
         return LearnedClipping((), symmetric=fmt.symmetric, name=whose, decay=decay)
+
+    def learns_from(self, x: Tensor) -> bool:
+        return self.learned is not None and (self.learns_of_data or x.requires_grad)
 
     def get_extra_state(self) -> dict[str, Any]:
         # A checkpoint may be written in the middle of a batch.

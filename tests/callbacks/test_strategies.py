@@ -65,6 +65,16 @@ def test_ranks_reduce_bits_and_roll_back_together_whatever_each_of_them_sees(two
     assert [sorted(order) for order in first["orders"][1]] == [["conv", "head"]] * 2
 
 
+def test_ranks_learn_all_scales_but_those_of_the_data(tmp_path, two):
+    first, second = (rank["fixed_data"] for rank in two)
+    for mine, theirs in zip(first["steps"], second["steps"], strict=True):
+        assert_same_bits(mine, theirs)
+    assert len({step["conv.input"].item() for step in first["steps"]}) == 1
+    assert len({step["head.input"].item() for step in first["steps"]}) > 4
+    alone = ranks.fixed_data(tmp_path, 1, 0)
+    assert_rounding_apart(first["state"], alone["state"])
+
+
 def test_ranks_that_run_different_layers_agree_and_do_not_wait_for_each_other(two):
     first, second = (rank["branches"] for rank in two)
     for mine, theirs in zip(first["steps"], second["steps"], strict=True):

@@ -79,17 +79,29 @@ def test_no_product_of_whole_tensors_is_made():
     assert watch.product <= 1
 
 
-@pytest.mark.parametrize("learns", [True, False])
-def test_a_fixed_range_of_the_data_saves_the_gradient_of_the_first_layers_input(learns):
-    """That gradient is what a learned scale costs there, not the sums: of the data a fixed range is mostly as good."""
+@pytest.mark.parametrize("how", ["learned", "rule", "flag", "compiled"])
+def test_a_fixed_range_of_the_data_saves_the_gradient_of_the_first_layers_input(how):
+    """That gradient is what a learned scale costs there, and not the sums."""
+    learns = how == "learned"
     config = lq.QATConfig("int4", per_channel=True, activation_bits=4, learnable_step_size=True)
     fixed = lq.QuantizationConfig("int8", bits=4, symmetric=False)
-    rules = [] if learns else [lq.LayerRule("0", config.weight_config(), fixed)]
+    rules = [lq.LayerRule("0", config.weight_config(), fixed)] if how == "rule" else []
     model = lq.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)),
                        lq.QuantizationPlan(rules, base=config))  # fmt: skip
     x = torch.randn(2, 3, 8, 8)
     lq.calibrate(model, [x])
+    lq.apply_phase(model, lq.Phase(observing=False))
+    model[0].input_quantizer.learns_of_data = how not in ("flag", "compiled")
+    run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
     with _Watch() as watch:
-        model(x).sum().backward()
+        run(x).sum().backward()
+    model[0].weight_quantizer.begin_learning(model[0].weight)
+    if how != "compiled":
+        expected = lq.fake_quantize(x, model[0].input_quantizer.scale, model[0].input_quantizer.zero_point, bits=4,
+                                    symmetric=False)  # fmt: skip
+        assert torch.equal(model[0].quantized_input(x), expected)
+    if how in ("flag", "compiled"):
+        assert model[0].input_quantizer.learned.exponent.grad is None
+    assert model[2].input_quantizer.learned.exponent.grad.any()
     assert [mask[0] for mask in watch.masks] == [True, learns]
     assert len(list(model[0].weight_quantizer.parameters())) == 1
