@@ -210,12 +210,11 @@ def _sweep(
             at_low, at_high = low[:, group].clone(), high[:, group].clone()
             for share in _shares(fmt, options):
                 tried = ways[number % len(ways)](share, low[:, group], high[:, group])
-                found = ranges.errors(*tried)
-                loss = _with_others(found, own, others)
+                loss = _with_others(ranges.errors(*tried), own, others)
                 better = loss < best
                 best = torch.where(better, loss, best)
                 at_low, at_high = torch.where(better, tried[0], at_low), torch.where(better, tried[1], at_high)
-                errors[:, columns] = torch.where(better.unsqueeze(1), found, errors[:, columns])
+            errors[:, columns] = ranges.errors(at_low, at_high)
             low[:, group], high[:, group] = at_low, at_high
             products.addmm_(errors[:, columns] - before, gram[columns])
             changed = changed or not torch.equal(before, errors[:, columns])
