@@ -57,8 +57,8 @@ def gptq_columns(
     steps_of: Callable[[int, int, Tensor], Steps],
     levels: Levels,
     block_size: int = 128,
-) -> Tensor:
-    """Return the code of every weight.
+) -> tuple[Tensor, Tensor]:
+    """Return the code of every weight, and the loss of them all.
 
     Args:
         columns: float32 ``[in_features, out_features]``, contiguous; **changed**: each column ends as it was when it
@@ -70,17 +70,20 @@ def gptq_columns(
         block_size: columns of a block.
 
     Returns:
-        int16, shaped as ``columns``: integers of ``low`` to ``high``, or indices into the table.
+        int16, shaped as ``columns``: integers of ``low`` to ``high``, or indices into the table; and ``tr((W - Q) H (W
+        - Q)^T)``, which is the sum of all ``e^2``, float64 without dimensions.
     """
+    loss = torch.zeros((), dtype=torch.float64, device=columns.device)
     codes = torch.empty(columns.shape, dtype=torch.int16, device=columns.device)
     for start in range(0, len(columns), block_size):
         stop = min(start + block_size, len(columns))
         block, inside = columns[start:stop], factor[start:stop, start:stop].contiguous()
         chosen, errors = gptq_block_op(block, inside, *steps_of(start, stop, columns), *levels)
         codes[start:stop] = chosen
+        loss += errors.view(-1).dot(errors.view(-1))
         if stop < len(columns):
             columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    return codes
+    return codes, loss
 
 
 def inverse_factor(hessian: Tensor) -> Tensor | None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lightning_qat.schemes import TensorFormat, get_scheme
 
+#: Columns of a difference that are multiplied by the Gram matrix at a time; products with those before are known.
+_ERROR_COLUMNS = 512
+
 
 @dataclass(frozen=True, eq=False)
 class ChosenCodes:
@@ -48,7 +51,15 @@ def output_error(weight: Tensor, values: Tensor, gram: Tensor) -> float:
     Args:
         weight: ``W``, ``[out_features, in_features]``.
         values: ``Q``, shaped as ``weight``.
-        gram: ``G``, ``[in_features, in_features]``, the sum of ``x x^T`` over inputs ``x``.
+        gram: ``G``, ``[in_features, in_features]``, the sum of ``x x^T`` over inputs ``x``: symmetric, so that a half
+            of it will do.
     """
-    difference = weight.float() - values.float()
-    return float(torch.mm(difference, gram.float()).mul_(difference).sum(dtype=torch.float64))
+    difference, gram = weight.float() - values.float(), gram.float()
+    total = torch.zeros((), dtype=torch.float64, device=difference.device)
+    for start in range(0, len(gram), _ERROR_COLUMNS):
+        stop = start + _ERROR_COLUMNS
+        part, rest = difference[:, start:stop], difference[:, stop:]
+        total += torch.mm(part, gram[start:stop, start:stop]).mul_(part).sum(dtype=torch.float64)
+        if rest.numel():
+            total += 2 * torch.mm(part, gram[start:stop, stop:]).mul_(rest).sum(dtype=torch.float64)
+    return float(total)

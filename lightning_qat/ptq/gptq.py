@@ -21,6 +21,7 @@ from lightning_qat.ptq.column_grid import (
     column_grid,
     part_columns,
 )
+from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.refinement import refine
 from lightning_qat.ptq.scale_search import search_scales
 from lightning_qat.schemes import TensorFormat, get_scheme, scale_shape
@@ -29,6 +30,9 @@ from lightning_qat.validation import check_bool, check_choice, check_int
 
 #: What errors are weighted with in the search for scales.
 SCALE_SEARCHES = ("none", "mse", "gram")
+
+#: A loss that is a smaller share of the one with damping is worked out anew: their difference would be rounding.
+_LEAST_SHARE = 0.2
 
 #: The first damping that is tried after 0.0, and what it grows by until the factor is found; the last one tried.
 _FIRST_DAMPING, _GROWTH, _MOST_DAMPING = 1e-4, 2.0, 10.0
@@ -108,19 +112,16 @@ def choose_gptq(
             "layer cannot hold; use static_groups=True, activation_order=False, or GPTQQuantizer for a single tensor"
         )
     weight, gram = weight.detach().to(torch.float32), gram.detach().to(weight.device, torch.float32)
-    scheme = get_scheme(fmt.scheme)
-    extremes = scheme.parameters_of(weight, fmt)
-    nearest = _nearest(weight, gram, fmt, *extremes)
     given = None
     if scale is not None:
-        zero = extremes[1].new_zeros(scale.shape) if zero_point is None else zero_point
+        zero = torch.zeros_like(scale) if zero_point is None else zero_point
         given = (scale.detach().to(torch.float32), zero.detach().to(torch.int32))
-        nearest = replace(_nearest(weight, gram, fmt, *given), nearest_loss=nearest.loss)
+    nearest = choose_nearest(weight, gram, fmt, *(given or ()))
     solved, notes = _solve(gram, options)
     if solved is None:
         return replace(nearest, notes=notes)
     chosen = _choose(weight, solved, fmt, options, given)
-    codes, loss = _settled(weight, gram, fmt, chosen)
+    codes, loss = _settled(weight, gram, fmt, solved, chosen)
     if not loss <= nearest.loss:
         notes += (f"rounding to nearest loses less, {nearest.loss:.6g} instead of {loss:.6g}, and was taken",)
         return replace(nearest, damping=solved.damping, notes=notes)
@@ -154,22 +155,19 @@ def _check(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor | None
         raise ValueError("scale holds a value that is not positive and finite; give the scales that QAT learned")
 
 
-def _nearest(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> ChosenCodes:
-    scheme = get_scheme(fmt.scheme)
-    codes = scheme.quantize(weight, scale, zero_point, fmt)
-    values = scheme.dequantize(codes, scheme.effective_scale(scale, fmt), zero_point, fmt, torch.float32)
-    loss = output_error(weight, values, gram)
-    return ChosenCodes(codes, scale, None if fmt.symmetric else zero_point, fmt, loss, loss)
-
-
 # --- the matrix to be solved ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Solved:
-    """The Gram matrix with what was added, and the upper factor of its inverse with columns in ``order``."""
+    """The Gram matrix with what was added, and the upper factor of its inverse with columns in ``order``.
+
+    ``hessian`` is the Gram matrix divided by ``unit``, with ``added`` on its diagonal.
+    """
 
     hessian: Tensor
+    unit: Tensor
+    added: Tensor
     factor: Tensor
     order: Tensor
     damping: float
@@ -185,7 +183,9 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
     if bool(dead.any()):
         notes = (f"{int(dead.sum())} of {len(power)} input features were always 0: weights rounded to nearest",)
     # In units of the mean power nothing of this under- or overflows.
-    hessian = gram / power.mean(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).to(torch.float32)
+    unit = power.mean(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).to(torch.float32)
+    hessian = gram / unit
+    own = hessian.diagonal().clone()
     hessian.diagonal().masked_fill_(dead, 1.0)
     order = torch.argsort(power, descending=True, stable=True) if options.activation_order else None
     ordered = hessian if order is None else hessian.index_select(0, order).index_select(1, order)
@@ -198,7 +198,7 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
             hessian.diagonal().copy_(ordered.diagonal()[torch.argsort(order)])
             if damping != options.damping:
                 notes += (f"damping was raised from {options.damping:g} to {damping:g}",)
-            return _Solved(hessian, factor, order, damping), notes
+            return _Solved(hessian, unit, hessian.diagonal() - own, factor, order, damping), notes
         damping = max(damping * _GROWTH, _FIRST_DAMPING)
         if damping > _MOST_DAMPING:
             return None, (*notes, "the Gram matrix has no inverse with any damping: weights were rounded to nearest")
@@ -209,11 +209,12 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
 
 @dataclass(frozen=True, eq=False)
 class _Chosen:
-    """What GPTQ chose: codes of the ops, transposed, and the scales they stand on, as the scheme's."""
+    """What GPTQ chose: codes of the ops, transposed, scales and zero points as the scheme has them, and the loss."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    loss: float
 
 
 def _choose(
@@ -221,7 +222,7 @@ def _choose(
 ) -> _Chosen:
     scale, zero = given if given is not None else _scales_of(weight, fmt, options, solved.hessian.diagonal())
     grid = column_grid(fmt, weight.shape, scale, zero)
-    columns = weight.t().index_select(0, solved.order)
+    columns = weight.t().contiguous().index_select(0, solved.order)
     width = part_columns(fmt, weight.shape)
     found = given is None and not options.static_groups and width is not None and width < weight.shape[1]
     walk = _GroupsWhenReached(grid, fmt, options, solved, int(width or 0), zero) if found else None
@@ -232,18 +233,19 @@ def _choose(
         return grid.of(solved.order[start:stop])
 
     codes = torch.empty_like(columns, dtype=torch.int16)
-    codes[solved.order] = gptq_columns(columns, solved.factor, steps_of, grid.levels, options.block_size)
+    codes[solved.order], total = gptq_columns(columns, solved.factor, steps_of, grid.levels, options.block_size)
+    loss = float(total)
     if walk is not None:
         scale, zero = walk.scale, walk.zero_point
     if options.sweeps:
         refits = given is None and options.refit_scales and not fmt.nested
-        codes, refined = refine(
+        codes, refined, loss = refine(
             weight.t().contiguous(), codes, solved.hessian, grid, sweeps=options.sweeps,
             width=width if refits else None, shared_by_rows=not scale.dim(), block_size=options.block_size,
         )  # fmt: skip
         if refits and width is not None:
             scale = _scale_of(refined, scale)
-    return _Chosen(codes, scale, zero)
+    return _Chosen(codes, scale, zero, loss)
 
 
 def _scales_of(weight: Tensor, fmt: TensorFormat, options: GPTQOptions, power: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +290,7 @@ class _GroupsWhenReached:
         return self._zero.t().reshape(self._shape).clone()
 
 
-def _settled(weight: Tensor, gram: Tensor, fmt: TensorFormat, chosen: _Chosen) -> tuple[Tensor, float]:
+def _settled(weight: Tensor, gram: Tensor, fmt: TensorFormat, solved: _Solved, chosen: _Chosen) -> tuple[Tensor, float]:
     """Return the codes of the format and their loss."""
     scheme = get_scheme(fmt.scheme)
     codes = codes_of_levels(chosen.codes.t(), fmt)
@@ -298,4 +300,9 @@ def _settled(weight: Tensor, gram: Tensor, fmt: TensorFormat, chosen: _Chosen) -
         # Of several codes with one value the one that this value has, and of nested scales what is stored.
         codes = scheme.quantize(values, chosen.scale, chosen.zero_point, fmt)
         values = scheme.dequantize(codes, scale, chosen.zero_point, fmt, torch.float32)
-    return codes, output_error(weight, values, gram)
+    # What the algorithm summed up, less what the damping and the ones for dead features are in it: no further product.
+    damping = float((weight - values).square_().sum(0).mul_(solved.added).sum(dtype=torch.float64))
+    loss = chosen.loss - damping
+    if fmt.nested or not loss > _LEAST_SHARE * chosen.loss:
+        return codes, output_error(weight, values, gram)
+    return codes, loss * float(solved.unit)

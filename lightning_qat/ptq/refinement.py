@@ -35,8 +35,8 @@ def refine(
     width: int | None,
     shared_by_rows: bool = False,
     block_size: int = 128,
-) -> tuple[Tensor, ColumnGrid]:
-    """Return better codes for a weight, and the grid with refitted scales.
+) -> tuple[Tensor, ColumnGrid, float]:
+    """Return better codes for a weight, the grid with refitted scales, and ``tr((W - Q) H (W - Q)^T)``.
 
     Args:
         weight: float32 ``[in_features, out_features]``, transposed.
@@ -51,17 +51,21 @@ def refine(
     columns = torch.arange(len(weight), device=weight.device)
     grid = replace(grid, step=grid.step.clone())
     state = _State(codes.clone(), values_of_levels(codes, grid.of(columns), grid.levels), torch.empty_like(weight))
-    before = torch.inf
-    for _ in range(sweeps):
-        # Anew each time, for the many small changes add up their rounding.
-        difference = weight - state.values
-        torch.mm(hessian, difference, out=state.products)
-        loss = float((difference * state.products).sum(dtype=torch.float64))
-        if loss > before * (1 - _LEAST_GAIN):
-            break
+    torch.mm(hessian, weight - state.values, out=state.products)
+    loss = _loss(weight, state)
+    for sweep in range(sweeps):
+        if sweep:  # anew, for the many small changes add up their rounding
+            torch.mm(hessian, weight - state.values, out=state.products)
         before = loss
         _sweep(state, hessian, grid, width, shared_by_rows, block_size)
-    return state.codes, grid
+        loss = _loss(weight, state)
+        if loss > before * (1 - _LEAST_GAIN):
+            break
+    return state.codes, grid, loss
+
+
+def _loss(weight: Tensor, state: _State) -> float:
+    return float((weight - state.values).mul_(state.products).sum(dtype=torch.float64))
 
 
 def _sweep(

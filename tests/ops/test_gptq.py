@@ -108,8 +108,11 @@ def test_codes_are_those_of_least_loss_column_by_column(kind: str, block_size: i
     def steps_of(start: int, stop: int, columns: Tensor) -> Steps:
         return Steps(steps.step[start:stop], None if steps.zero is None else steps.zero[start:stop])
 
-    codes = gptq_columns(weight.clone(), inverse_factor(gram), steps_of, levels, block_size)
+    codes, loss = gptq_columns(weight.clone(), inverse_factor(gram), steps_of, levels, block_size)
     assert torch.equal(codes, expected)
+    units = codes.double() if levels.values is None else levels.values[codes.long()].double()
+    difference = weight.double() - (units - (0 if steps.zero is None else steps.zero)) * steps.step
+    assert float(loss) == pytest.approx(float(((gram.double() @ difference) * difference).sum()), rel=1e-4)
 
 
 def test_rounding_to_nearest_is_something_else() -> None:
@@ -170,7 +173,7 @@ def test_a_block_of_zeros_stays_zero_in_a_codebook() -> None:
 def test_the_columns_end_as_they_were_when_they_were_rounded() -> None:
     weight, factor, steps, levels = block_of(48, 6, "int4")
     left = weight.clone()
-    codes = gptq_columns(left, factor, lambda a, b, _: Steps(steps.step[a:b], None), levels, 16)
+    codes, _ = gptq_columns(left, factor, lambda a, b, _: Steps(steps.step[a:b], None), levels, 16)
     # Blocks but the first have taken up the errors before them.
     assert torch.equal(left[:16], weight[:16])
     assert not torch.equal(left[16:], weight[16:])

@@ -174,7 +174,7 @@ def test_every_grid_loses_less_than_the_nearest_codes_and_ships(name: str, optio
     scale, zero = scheme.parameters_of(weight, fmt)
     nearest = scheme.fake_quantize(weight, scale, zero, fmt)
     assert chosen.nearest_loss == pytest.approx(output_error(weight, nearest, gram), rel=1e-5)
-    assert chosen.loss == pytest.approx(output_error(weight, chosen.values(), gram), rel=1e-5)
+    assert chosen.loss == pytest.approx(output_error(weight, chosen.values(), gram), rel=1e-4)
     assert chosen.loss < 0.75 * chosen.nearest_loss
     assert chosen.scale.shape == scale_shape(weight.shape, fmt)
     assert chosen.scale.dtype == torch.float32
@@ -323,7 +323,12 @@ def test_worse_than_nearest_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
     weight, gram = layer(8, 32)
     fmt = TensorFormat("gptq", 4, True, group_size=16)
     original = gptq.gptq_columns
-    monkeypatch.setattr(gptq, "gptq_columns", lambda *args: original(*args) * 0)
+
+    def zeros(*args):
+        codes, loss = original(*args)
+        return codes * 0, loss * 100
+
+    monkeypatch.setattr(gptq, "gptq_columns", zeros)
     chosen = choose_gptq(weight, gram, fmt, GPTQOptions.published())
     assert chosen.loss == chosen.nearest_loss
     assert chosen.notes[0].startswith("rounding to nearest loses less, ")

@@ -54,12 +54,13 @@ def test_each_sweep_loses_less(name: str, refits: bool, block_size: int) -> None
     shared = fmt.axis is None and fmt.group_size is None and fmt.block_size is None
     losses, steps = [loss(weight, gram, codes, grid)], grid.step.clone()
     for sweeps in (1, 2, 4):
-        found, other = refine(
+        found, other, told = refine(
             weight.t().contiguous(), codes, gram, grid, sweeps=sweeps, width=width, shared_by_rows=shared,
             block_size=block_size,
         )  # fmt: skip
         assert torch.equal(grid.step, steps)
         losses.append(loss(weight, gram, found, other))
+        assert told == pytest.approx(losses[-1], rel=1e-4)
         assert torch.equal(other.step, steps) == (width is None)
         if shared:
             assert other.step.unique().numel() == 1
@@ -73,7 +74,7 @@ def test_a_refitted_scale_is_that_of_least_squares(name: str) -> None:
     weight, gram, fmt, codes, grid = started(name)
     shared = name == "int4 tensor"
     for _ in range(6):
-        codes, grid = refine(
+        codes, grid, _ = refine(
             weight.t().contiguous(), codes, gram, grid, sweeps=30, width=part_columns(fmt, weight.shape),
             shared_by_rows=shared,
         )  # fmt: skip
