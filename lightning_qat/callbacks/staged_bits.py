@@ -23,6 +23,8 @@ class StagedBitReduction(QuantizationCallback):
     Which bits a layer has is a function of :attr:`stage` and :attr:`orders`, which are saved. Both change before a
     batch, so that every checkpoint and every evaluation has what the steps before it trained.
 
+    The mean of the layers' bits is logged as ``quantization/bits``, with a ``match`` as ``quantization/bits/<match>``.
+
     Attributes:
         stage: how many reductions there were.
         orders: for each level of bits that was begun, the layers in the order in which they leave it.
@@ -137,7 +139,8 @@ class StagedBitReduction(QuantizationCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._names and (trainer._logger_connector.should_update_logs or trainer.is_last_batch):
             bits = self.bits_now().values()
-            pl_module.log("quantization/bits", sum(bits) / len(bits))
+            where = "" if self.match == "*" else f"/{self.match}"  # there may be several of these
+            pl_module.log(f"quantization/bits{where}", sum(bits) / len(bits))
 
     def _what(self) -> str:
         """Return, in words, what is reduced."""

@@ -59,13 +59,23 @@ def test_layers_go_one_by_one_over_the_span_and_level_after_level(tmp_path, call
     reduction = lq.SensitivityBitReduction([8, 6, 4], start_step=2, end_step=12)
     module = Deep(calls_forward)
     module.lr = 1e-4
-    module, watch, _ = run(tmp_path, reduction, module=module, max_epochs=2)
+    module, watch, fit = run(tmp_path, reduction, module=module, max_epochs=2)
     sums = [sum(bits.values()) for bits in watch.bits]
     assert sums == [24, 24] + [22] * 2 + [20] * 2 + [18] * 2 + [16] * 2 + [14] * 2 + [12] * 4
     assert watch.bits[2]["side"] == 6  # hardly counts, so it goes first
     assert [sorted(order) for order in reduction.orders] == [["conv", "head", "side"]] * 2
     assert reduction.has_final_bits()
+    assert fit.callback_metrics["quantization/bits"] == 4
     assert_ships(module)
+
+
+def test_two_of_them_have_their_own_layers_and_logs(tmp_path):
+    first = lq.SensitivityBitReduction([8, 6], start_step=0, end_step=0, match="conv")
+    second = lq.SensitivityBitReduction([8, 4], start_step=2, end_step=4, match="[hs]*")
+    _, watch, fit = run(tmp_path, first, second)
+    assert watch.bits[3] == {"conv": 6, **{name: 4 if name == second.orders[0][0] else 8 for name in ("head", "side")}}
+    logged = {key: float(value) for key, value in fit.callback_metrics.items() if key.startswith("quantization/bits")}
+    assert logged == {"quantization/bits/conv": 6, "quantization/bits/[hs]*": 4}
 
 
 def test_several_at_a_time_and_both_kinds(tmp_path):
