@@ -13,6 +13,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.nn.attention import INPUT_PROJECTIONS, Projection
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a weight or a bias is kept.
+
+    Args:
+        owner: of the parameter.
+        name: of the parameter.
+        rows: those of it that are meant; None is all. The projections of an attention are parts of one parameter.
+    """
+
+    owner: nn.Module
+    name: str
+    rows: slice | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """All of the parameter."""
+        found: Any = self.owner._parameters[self.name]
+        return found
+
+    @property
+    def value(self) -> Tensor:
+        """What is meant, without gradients."""
+        whole = self.parameter.detach()
+        return whole if self.rows is None else whole[self.rows]
+
+    def replace(self, value: Tensor) -> None:
+        """Give the owner a new parameter with this value."""
+        old = self.parameter
+        if self.rows is not None:
+            whole = old.detach().clone()
+            whole[self.rows] = value.to(whole.dtype)
+            value = whole
+        self.owner._parameters[self.name] = nn.Parameter(value.to(old.dtype), old.requires_grad)
+
+
+def slot_of(module: nn.Module, name: str) -> Slot | None:
+    """Return where ``"weight"`` or ``"bias"`` of ``module`` is kept; None if it has none or computes it."""
+    slot: Slot | None = Slot(module, name)
+    if isinstance(module, Projection):
+        attention, size = module.attention, module.out_features
+        rows = slice(module.part * size, (module.part + 1) * size)
+        slot = Slot(attention, f"in_proj_{name}", rows)
+        if name == "weight" and attention._parameters.get("in_proj_weight") is None:
+            slot = Slot(attention, f"{INPUT_PROJECTIONS[module.part]}_weight")
+    return slot if slot is not None and slot.owner._parameters.get(slot.name) is not None else None
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -29,45 +79,40 @@ class Source:
     offset: float = 0.0
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def slots(self) -> dict[str, Slot]:
         """Weight and bias by name."""
-        found = {name: self.module._parameters.get(name) for name in ("weight", "bias")}
-        return {name: parameter for name, parameter in found.items() if parameter is not None}
+        found = {name: slot_of(self.module, name) for name in ("weight", "bias")}
+        return {name: slot for name, slot in found.items() if slot is not None}
 
     @property
     def channels(self) -> int:
         """How many there are."""
-        return int(self.parameters["weight"].shape[0])
+        return int(self.slots["weight"].value.shape[0])
 
     @torch.no_grad()
     def multiply(self, factor: Tensor) -> None:
         """Multiply the output by ``factor``, ``[channels]``."""
-        for name, parameter in self.parameters.items():
-            offset = self.offset if name == "weight" else 0.0
-            rows = factor.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1))
-            _replace(self.module, name, (parameter.float() + offset).mul_(rows).sub_(offset))
+        for name, slot in self.slots.items():
+            value, offset = slot.value, self.offset if name == "weight" else 0.0
+            rows = factor.to(value.device).view(-1, *[1] * (value.dim() - 1))
+            slot.replace((value.float() + offset).mul_(rows).sub_(offset))
 
 
 @torch.no_grad()
 def multiply_columns(layer: nn.Module, factor: Tensor) -> None:
     """Multiply the columns of a Linear's weight by ``factor``, ``[in_features]``."""
-    weight: Any = layer._parameters["weight"]
-    _replace(layer, "weight", weight.float() * factor.to(weight.device))
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    old: Any = module._parameters[name]
-    module._parameters[name] = nn.Parameter(value.to(old.dtype), old.requires_grad)
+    slot: Any = slot_of(layer, "weight")
+    slot.replace(slot.value.float() * factor.to(slot.value.device))
 
 
 def has_channels(module: nn.Module) -> bool:
     """Return whether a module may multiply each channel of its output: a Linear, or one with a vector ``weight``."""
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or not weight.is_floating_point() or weight.is_meta:
+    weight, bias = slot_of(module, "weight"), slot_of(module, "bias")
+    if weight is None or not weight.parameter.is_floating_point() or weight.parameter.is_meta:
         return False
-    if not (isinstance(module, nn.Linear) or weight.dim() == 1):
+    if not (isinstance(module, nn.Linear) or weight.parameter.dim() == 1):
         return False
-    return bias is None or bias.shape == weight.shape[:1]
+    return bias is None or bias.value.shape == weight.value.shape[:1]
 
 
 @contextlib.contextmanager
@@ -76,8 +121,9 @@ def multiplied(
 ) -> Iterator[None]:
     """Multiply channels of sources and columns of layers inside; the parameters are the old ones afterwards."""
     sources, layers = list(sources), list(layers)
-    modules = [source.module for source, _ in sources] + [layer for layer, _ in layers]
-    saved = [(module, dict(module._parameters)) for module in modules]
+    slots = [slot for source, _ in sources for slot in source.slots.values()]
+    slots += [slot for layer, _ in layers if (slot := slot_of(layer, "weight")) is not None]
+    saved = [(slot, slot.parameter) for slot in slots]
     try:
         for source, factor in sources:
             source.multiply(factor)
@@ -85,8 +131,8 @@ def multiplied(
             multiply_columns(layer, factor)
         yield
     finally:
-        for module, parameters in saved:
-            module._parameters.update(parameters)
+        for slot, parameter in saved:
+            slot.owner._parameters[slot.name] = parameter
 
 
 def shared_parameters(model: nn.Module) -> frozenset[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_qat.ptq.channels import Source, has_channels, multiplied, multiply_columns
+from lightning_qat.ptq.channels import Source, has_channels, multiplied, multiply_columns, slot_of
 from lightning_qat.ptq.probing import LEVELS, agree, channels_told, factor_of, levels_between
 from lightning_qat.ptq.watch import Reached, Run, run_until_reached
 from lightning_qat.transforms.phase import float_forward
@@ -99,7 +99,7 @@ def find_folds(
             if has_channels(module) and (allowed is None or allowed(module))
         }
         for module, source in list(candidates.items()):
-            if untouchable.intersection(map(id, source.parameters.values())):
+            if untouchable.intersection(id(slot.parameter) for slot in source.slots.values()):
                 del candidates[module]
         trial = _Trial(layers, candidates, run)
         found = trial.adopt(open_groups, like)
@@ -115,10 +115,10 @@ def _declined(group: Sequence[str], layers: Mapping[str, nn.Module], untouchable
         layer = layers[name]
         if not isinstance(layer, nn.Linear):
             return f"{name!r} is a {type(layer).__name__}; input channels of Linears are scaled"
-        weight = layer._parameters.get("weight")
+        weight = slot_of(layer, "weight")
         if weight is None:
-            return f"the weight of {name!r} is no parameter of its own (packed, pruned or parametrized)"
-        if id(weight) in untouchable:
+            return f"the weight of {name!r} is computed (pruned or parametrized)"
+        if id(weight.parameter) in untouchable:
             return f"the weight of {name!r} is used in several places"
     return ""
 
@@ -169,7 +169,7 @@ class _Trial:
             return Fold(group, reason="it was not called")
         size, reason = self._size(group), ""
         for source in self._before(group):
-            vector = source.parameters["weight"].dim() == 1
+            vector = source.slots["weight"].value.dim() == 1
             for tried in (source, replace(source, offset=1.0)) if vector else (source,):
                 channels = self._channels(tried, group, size)
                 if channels is None:
@@ -241,7 +241,7 @@ def _ranges(source: Source, size: int) -> list[tuple[int, int]]:
     count = source.channels
     if count <= size:
         return [(0, count)] if size % count == 0 else []
-    if source.parameters["weight"].dim() == 1:
+    if source.slots["weight"].value.dim() == 1:
         return []
     found = [(count - size, count)] if count % size == 0 else []
     rest, odd = divmod(count - size, 2)  # keys, and values, that have fewer heads than queries

@@ -16,6 +16,7 @@ import lightning_qat as lq
 from lightning_qat.ptq.channels import shared_parameters
 from lightning_qat.ptq.folding import Fold, apply_fold, find_folds
 from lightning_qat.ptq.watch import find_shared_inputs
+from lightning_qat.transforms.phase import float_forward
 
 
 class Feedforward(nn.Module):
@@ -244,6 +245,38 @@ def test_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = Attention().to(dtype), randn(2, 9, 16).to(dtype)
     assert sources(folds_of(model, x)) == {"q k v": "norm", "out": "v", "gate up": "norm2", "down": "up"}
+
+
+class WithAttention(nn.Module):
+    """``nn.MultiheadAttention`` behind a norm."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(16), nn.MultiheadAttention(16, 4, bias, batch_first=True)
+        if bias:
+            self.attention.in_proj_bias.data += randn(48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.attention(h, h, h, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_that_are_parts_of_an_attention(bias: bool) -> None:
+    torch.manual_seed(0)
+    own, x = WithAttention(bias=bias), randn(2, 9, 16)
+    model = copy.deepcopy(own, {id(p): p for p in own.parameters()})
+    before = {name: p.detach().clone() for name, p in own.named_parameters()}
+    lq.prepare(model, lq.QATConfig("int4", group_size=8, activation_bits=None))
+    model.attention.calls_projections = True
+    with float_forward(model):
+        found = folds_of(model, x)
+        assert sources(found) == {
+            "attention.q_proj attention.k_proj attention.v_proj": "norm",
+            "attention.out_proj": "attention.v_proj",
+        }
+        check_output_stays(model, list(found.values()), x)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in own.named_parameters())
 
 
 def test_allowed_and_convolutions() -> None:
