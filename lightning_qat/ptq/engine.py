@@ -177,15 +177,20 @@ class Engine:
             return
         before = len(self._outcomes)
         layers = {name: self._layers[name] for name in stage.layers}
-        shared = find_shared_inputs(layers, next(iter(stage.runs())))
+        shared = find_shared_inputs(
+            {n: m for n, m in layers.items() if not self._why_nearest(n)}, next(iter(stage.runs()))
+        )
         self._choose_all(stage, shared)
         for name in stage.layers:  # the block was reached, and the layer in it was not
             if not any(outcome.name == name for outcome in self._outcomes[before:]):
-                reason = reason_for_nearest(layers[name], layers[name].weight_quantizer.format, self.method)
-                note = reason or "no calibration batch reached it"
+                note = self._why_nearest(name) or "no calibration batch reached it"
                 self._settle(name, nearest_codes(layers[name]), "rtn", Stopwatch(), (note,))
         if self.journal is not None:
             self.journal.write(stage.name, self.model, stage.layers, self._outcomes[before:])
+
+    def _why_nearest(self, name: str) -> str:
+        layer = self._layers[name]
+        return reason_for_nearest(layer, layer.weight_quantizer.format, self.method)
 
     def _choose_all(self, stage: _Stage, shared: list[SharedInput]) -> None:
         layers = {name: self._layers[name] for name in stage.layers}
@@ -226,9 +231,8 @@ class Engine:
         for each in part:
             for name in each.layers:
                 layer, watch = self._layers[name], Stopwatch()
-                reason = reason_for_nearest(layer, layer.weight_quantizer.format, self.method)
-                if reason or name not in statistics:
-                    self._settle(name, nearest_codes(layer), "rtn", watch, (reason or "it got no input",))
+                if name not in statistics:
+                    self._settle(name, nearest_codes(layer), "rtn", watch, ("it got no input",))
                     continue
                 problem = problem_of(layer, statistics[name])
                 chosen = choose_codes(layer, problem, self.way, self.options)

@@ -90,9 +90,8 @@ class Journal:
             _write_json(file, known)
 
     def clear(self) -> None:
-        """Delete the files of the run, and the folder if nothing else is in it."""
-        for file in (*self.folder.glob("*.safetensors"), *self.folder.glob(".*.part"), self.folder / FINGERPRINT):
-            file.unlink(missing_ok=True)
+        """Delete the files of the run."""
+        _delete_files(self.folder)
 
     def begin(self, model: nn.Module) -> None:
         """Know the parameters that need not be written: as they were given, or in a file already."""
@@ -155,6 +154,20 @@ class Journal:
         self.begin(model)
         rows = json.loads(facts["outcomes"])
         return [LayerOutcome(**{**row, "notes": tuple(row["notes"])}) for row in rows]
+
+
+def delete_journal(folder: str | os.PathLike[str]) -> None:
+    """Delete the journal in ``folder``, and the folder if nothing else is in it."""
+    path = Path(folder)
+    if (path / FINGERPRINT).is_file():
+        _delete_files(path)
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _delete_files(folder: Path) -> None:
+    for file in (*folder.glob("*.safetensors"), *folder.glob(".*.part"), folder / FINGERPRINT):
+        file.unlink(missing_ok=True)
 
 
 def _adopt_again(name: str, layer: QATLayer, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.config import QuantizationPlan, QuantizationScheme
 from lightning_qat.nn.recurrent import RecurrentWeight
 from lightning_qat.ptq.awq import AWQOptions
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.clipping import ClippingOptions, choose_clipped
 from lightning_qat.ptq.column_grid import check_target
 from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq
+from lightning_qat.ptq.many_small import choose_many_small
 from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.smoothing import SmoothingOptions
 from lightning_qat.ptq.statistics import InputStatistics, input_geometry
@@ -24,7 +26,7 @@ from lightning_qat.validation import check_bool, check_choice
 #: In which order layers are quantized, from the most exact to the fastest.
 ORDERS = ("sublayers", "blocks", "one_pass")
 
-#: Gram matrices of one layer, at most: a depthwise convolution of more channels is rounded to nearest.
+#: Groups of channels that are problems of their own; more of them, as a depthwise convolution has, are solved at once.
 _MOST_GROUPS = 64
 
 
@@ -83,6 +85,7 @@ class Method:
     Args:
         choose: of one layer; None rounds to nearest without any statistics.
         check: raises ``ValueError`` for a format that it has no codes for.
+        solves_many: whether the many small matrices of a depthwise convolution are solved instead.
         scaling: how channels are scaled before, see :func:`lightning_qat.ptq.block_scaling.scale_block`; None leaves
             them.
     """
@@ -90,6 +93,7 @@ class Method:
     choose: Choose | None = None
     check: Callable[[TensorFormat], None] | None = None
     scaling: Callable[[PTQOptions], AWQOptions | SmoothingOptions] | None = None
+    solves_many: bool = False
 
     @property
     def needs_statistics(self) -> bool:
@@ -120,9 +124,9 @@ def _nearest_or_clipped(problem: LayerProblem, options: PTQOptions) -> ChosenCod
 METHODS: dict[str, Method] = {
     "rtn": Method(),
     "clip": Method(_clipped),
-    "gptq": Method(_gptq, check_target),
+    "gptq": Method(_gptq, check_target, solves_many=True),
     "awq": Method(_nearest_or_clipped, None, lambda options: options.awq),
-    "awq+gptq": Method(_gptq, check_target, lambda options: replace(options.awq, codes="gptq")),
+    "awq+gptq": Method(_gptq, check_target, lambda options: replace(options.awq, codes="gptq"), True),
     "smoothquant": Method(_nearest, None, lambda options: options.smoothing),
 }
 
@@ -137,7 +141,7 @@ def reason_for_nearest(layer: nn.Module, fmt: TensorFormat, method: str) -> str:
         kind = "a recurrent layer reads it" if isinstance(layer, RecurrentWeight) else kind
         return f"{kind}: there is no Gram matrix of its inputs"
     groups = geometry[0]
-    if groups > _MOST_GROUPS:
+    if groups > _MOST_GROUPS and not METHODS[method].solves_many:
         return f"{groups} groups of channels: each has few weights and a Gram matrix of its own"
     if groups > 1 and fmt.axis is None and fmt.group_size is None:
         return "scales are shared by several groups of channels"
@@ -155,6 +159,9 @@ def choose_codes(layer: nn.Module, problem: LayerProblem, method: Method, option
     choose: Any = method.choose
     geometry = input_geometry(layer)
     groups = 1 if geometry is None else geometry[0]
+    if groups > _MOST_GROUPS and method.solves_many:
+        grams = problem.statistics.gram
+        return choose_many_small(problem.weight, grams, problem.fmt, problem.scale, problem.zero_point)
     if groups == 1:
         chosen: ChosenCodes = choose(problem, options)
         return chosen
@@ -183,3 +190,17 @@ def choose_codes(layer: nn.Module, problem: LayerProblem, method: Method, option
         max(part.damping for part in parts),
         tuple(notes),
     )
+
+
+#: Schemes that say by their name which algorithm chooses the codes.
+_METHOD_OF = {QuantizationScheme.GPTQ: "gptq", QuantizationScheme.AWQ: "awq"}
+
+
+def method_of(plan: QuantizationPlan) -> str:
+    """Return the method that the schemes of a plan name."""
+    weights: list[Any] = [rule.weight for rule in plan.rules] + [getattr(plan.base, "scheme", None)]
+    schemes = [getattr(weight, "scheme", weight) for weight in weights if weight is not None]
+    named = dict.fromkeys(_METHOD_OF[scheme] for scheme in schemes if scheme in _METHOD_OF)
+    if len(named) > 1:
+        raise ValueError(f"the plan names several algorithms, {', '.join(named)}; say which with method=...")
+    return next(iter(named), "rtn")

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_qat.config import PlanLike, resolve_plan
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import LAYER_CLASSES, float_type, supported_class
-from lightning_qat.ptq.methods import METHODS, reason_for_nearest
+from lightning_qat.ptq.methods import METHODS, method_of, reason_for_nearest
 from lightning_qat.schemes import TensorFormat, weight_format
 from lightning_qat.transforms.match import candidate_layers, match_layers, split_layers
 from lightning_qat.transforms.prepare import copy_model, prepared_plan, qat_layers
@@ -45,7 +45,7 @@ class LayerTask:
         return {**asdict(self), "shape": list(self.shape)}
 
 
-def preflight(model: nn.Module, config: PlanLike = "int8", method: str = "rtn") -> list[LayerTask]:
+def preflight(model: nn.Module, config: PlanLike = "int8", method: str | None = None) -> list[LayerTask]:
     """Return what :func:`quantize_model` would do to each layer of ``model``; nothing is changed or computed.
 
     Args:
@@ -56,6 +56,7 @@ def preflight(model: nn.Module, config: PlanLike = "int8", method: str = "rtn") 
     Raises:
         ValueError: the method is unknown, or a rule matches nothing.
     """
+    method = method or method_of(resolve_plan(config))
     check_choice("method", method, tuple(METHODS))
     original: nn.Module = getattr(model, "_orig_mod", model)
     if prepared_plan(original) is not None:

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_qat.config import PlanLike, QuantizationPlan, QuantizationScheme, resolve_plan
+from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.ptq.engine import Engine
 from lightning_qat.ptq.journal import Journal, fingerprint
-from lightning_qat.ptq.methods import METHODS, PTQOptions
+from lightning_qat.ptq.methods import METHODS, PTQOptions, method_of
 from lightning_qat.ptq.outcome import (
     LayerOutcome,
     PTQObserver,
@@ -30,9 +30,6 @@ from lightning_qat.transforms.ranges import static_quantizers
 from lightning_qat.validation import check_choice
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-#: Schemes that say by their name which algorithm chooses the codes.
-_METHOD_OF = {QuantizationScheme.GPTQ: "gptq", QuantizationScheme.AWQ: "awq"}
 
 
 def quantize_model(
@@ -79,7 +76,7 @@ def quantize_model(
     """
     original: ModelT = getattr(model, "_orig_mod", model)  # of torch.compile
     plan = _plan_of(original, config)
-    chosen = method or _method_of(plan)
+    chosen = method or method_of(plan)
     check_choice("method", chosen, tuple(METHODS))
     known = prepared_plan(original) is not None
     if any(isinstance(module, QuantizedLayer) for module in original.modules()):
@@ -122,16 +119,6 @@ def quantize_model(
 def _plan_of(model: nn.Module, config: PlanLike | None) -> QuantizationPlan:
     known = prepared_plan(model)
     return known if config is None and known is not None else resolve_plan("int8" if config is None else config)
-
-
-def _method_of(plan: QuantizationPlan) -> str:
-    """Return the method that the schemes of a plan name."""
-    weights: list[Any] = [rule.weight for rule in plan.rules] + [getattr(plan.base, "scheme", None)]
-    schemes = [getattr(weight, "scheme", weight) for weight in weights if weight is not None]
-    named = dict.fromkeys(_METHOD_OF[scheme] for scheme in schemes if scheme in _METHOD_OF)
-    if len(named) > 1:
-        raise ValueError(f"the plan names several algorithms, {', '.join(named)}; say which with method=...")
-    return next(iter(named), "rtn")
 
 
 def _purpose(method: str) -> str:

@@ -152,7 +152,8 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     try:
         fresh, old = workspace / "new", workspace / "old"
         fresh.mkdir()
-        save_file(tensors, str(fresh / TENSORS), metadata={"format": "pt", "library": FORMAT})
+        # One entry: safetensors writes several in an order that differs from process to process.
+        save_file(tensors, str(fresh / TENSORS), metadata={"format": "pt"})
         report = report_to_save(model)
         if report is not None:
             (fresh / CERTIFICATE).write_text(certificate_text(report, _digest(fresh / TENSORS)))
