@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_qat.schemes import TensorFormat, get_scheme
 
-#: Columns of a difference that are multiplied by the Gram matrix at a time; products with those before are known.
-_ERROR_COLUMNS = 512
+#: Rows of a difference whose products stay in the caches, and columns that are multiplied by the Gram matrix at a time:
+#: products with those before are known. 4096 x 4096: 0.80 s, with all at once 1.18 s (one core of a busy machine).
+_ERROR_ROWS, _ERROR_COLUMNS = 512, 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +55,17 @@ def output_error(weight: Tensor, values: Tensor, gram: Tensor) -> float:
         gram: ``G``, ``[in_features, in_features]``, the sum of ``x x^T`` over inputs ``x``: symmetric, so that a half
             of it will do.
     """
-    difference, gram = weight.float() - values.float(), gram.float()
-    total = torch.zeros((), dtype=torch.float64, device=difference.device)
-    for start in range(0, len(gram), _ERROR_COLUMNS):
-        stop = start + _ERROR_COLUMNS
-        part, rest = difference[:, start:stop], difference[:, stop:]
-        total += torch.mm(part, gram[start:stop, start:stop]).mul_(part).sum(dtype=torch.float64)
-        if rest.numel():
-            total += 2 * torch.mm(part, gram[start:stop, stop:]).mul_(rest).sum(dtype=torch.float64)
+    gram, size = gram.float(), len(gram)
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    scratch = torch.empty(_ERROR_ROWS * size, device=weight.device)
+    for row in range(0, len(weight), _ERROR_ROWS):
+        rows = slice(row, row + _ERROR_ROWS)
+        difference = weight[rows].float() - values[rows].float()
+        for start in range(0, size, _ERROR_COLUMNS):
+            width = min(_ERROR_COLUMNS, size - start)
+            part = scratch[: len(difference) * (size - start)].view(len(difference), -1)
+            torch.mm(difference[:, start : start + width], gram[start : start + width, start:], out=part)
+            part.mul_(difference[:, start:])
+            # What lies beside the diagonal is there twice.
+            total += 2 * part.sum(dtype=torch.float64) - part[:, :width].sum(dtype=torch.float64)
     return float(total)
