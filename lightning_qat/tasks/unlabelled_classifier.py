@@ -18,7 +18,7 @@ class UnlabelledClassifier(ImageClassifier):
 
     The loss is the mean squared distance between both networks' logits (Ba and Caruana, 2014,
     https://arxiv.org/abs/1312.6184). A label below zero means that there is none: such images are left out of the
-    metrics. BatchNorm keeps the mode and the statistics of the pretraining, since a few images would spoil them.
+    metrics. BatchNorm trains: in four bits the activations have other means than those it was pretrained with.
 
     The copy is made when the task is, so it stays in float whatever happens to ``model``; it is no part of the
     module, of its parameters or of its checkpoints. A teacher that shares the weights of the student, as that of the
@@ -45,8 +45,8 @@ class UnlabelledClassifier(ImageClassifier):
         return loss
 
     def on_train_epoch_start(self) -> None:
-        """Let BatchNorm and dropout stay as they are in evaluation."""
-        self.model.eval()
+        """Have BatchNorm follow the student, whose network may come in evaluation mode."""
+        self.model.train()
 
     def _evaluate(self, part: str, batch: tuple[Tensor, Tensor], accuracy: MeanMetric) -> None:
         images, labels = batch
