@@ -85,24 +85,38 @@ def descend_block_cpu(
     values: Tensor | None,
     thresholds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition up to the order of summation, as :func:`lightning_qat.ops.gptq_cpu.gptq_block_cpu`."""
+    """The definition up to rounding, as :func:`lightning_qat.ops.gptq_cpu.gptq_block_cpu`."""
     if products.dtype != torch.float32 or not products.numel():
         return reference_descend_block(products, current, hessian, step, zero, low, high, values, thresholds)
-    left, changes = products.clone(), torch.empty_like(products)
-    codes = torch.empty_like(products, dtype=torch.int16)
-    diagonal, lefts, currents, added = hessian.diagonal().tolist(), left.unbind(), current.unbind(), changes.unbind()
-    steps, chosen = step.unbind(), codes.unbind()
-    zeros = [None] * len(steps) if zero is None else zero.unbind()
-    best = torch.empty_like(left[0])
+    left, changes, scratch = products.clone(), torch.empty_like(products), torch.empty_like(products[0])
+    shares = hessian.diagonal().reciprocal().tolist()
+    lefts, currents, added, steps = left.unbind(), current.unbind(), changes.unbind(), step.unbind()
+    if values is not None:
+        codes = torch.empty_like(products, dtype=torch.int16)
 
-    def choose(j: int) -> None:
-        torch.div(lefts[j], diagonal[j], out=best).add_(currents[j])
-        code, rounded = nearest_level(best, steps[j], zeros[j], low, high, values, thresholds)
-        chosen[j].copy_(code)
-        torch.sub(rounded, currents[j], out=added[j])
+        def look_up(j: int) -> None:
+            torch.add(currents[j], lefts[j], alpha=shares[j], out=scratch)
+            code, rounded = nearest_level(scratch, steps[j], None, low, high, values, thresholds)
+            codes[j] = code
+            torch.sub(rounded, currents[j], out=added[j])
 
-    walk(left, changes, hessian, choose)
-    return codes, changes
+        walk(left, changes, hessian, look_up)
+        return codes, changes
+    units = torch.empty_like(products)
+    chosen = units.unbind()
+    bounds = None if zero is None else ((low - zero).unbind(), (high - zero).unbind())
+
+    def round_(j: int) -> None:
+        code = chosen[j]
+        torch.add(currents[j], lefts[j], alpha=shares[j], out=code).div_(steps[j])
+        if bounds is None:
+            code.clamp_(low, high).round_()
+        else:
+            torch.clamp(code, bounds[0][j], bounds[1][j], out=code).round_()
+        torch.mul(code, steps[j], out=added[j]).sub_(currents[j])
+
+    walk(left, changes, hessian, round_)
+    return (units if zero is None else units.add_(zero)).to(torch.int16), changes
 
 
 # The kernel of CUDA registers itself for this op and for GPTQ's; it needs both.
