@@ -114,7 +114,7 @@ def learned_gradients(
     return grad_x, grad_scale, None if zero is None else grad_zero
 
 
-#: Products are summed in float32 over runs of this length, and the sums of runs in float64.
+#: Terms of long rows are summed in float32 over runs of this length, and the sums of runs in float64.
 _RUN = 1024
 
 
@@ -153,7 +153,7 @@ def _by_products(
     else:
         grad_x = fake_quantize_backward_cpu(grad, x, scale, zero_point, *grid, _ONLY_X)[0]
         values = fake_quantize_cpu(x, scale, zero_point, *grid) if values is None else values
-        change = _row_products(grad, values, rows) - _row_products(grad_x, x, rows)
+        change = _row_changes(*(t.view(rows, -1) for t in (grad, values, grad_x, x)))
         clipped = change if zero_point is None else grad.view(rows, -1).sum(1) - grad_x.view(rows, -1).sum(1)
     if not bool(change.isfinite().all()):
         return None  # infinite values, which the sums of the kernel leave out
@@ -197,16 +197,18 @@ def _of_one_scale(
     return grad_x, change.view(1), (change if zero_point is None else total[2] - total[3]).view(1)
 
 
-def _row_products(a: Tensor, b: Tensor, rows: int) -> Tensor:
-    """Return the sums of products of each of ``rows`` equal parts, ``[rows]``, float64."""
-    a, b = a.view(rows, -1), b.view(rows, -1)
-    step = max(CHUNK // a.shape[1], 1)  # of the product PyTorch makes a tensor, which is to stay in the cache
-    if step < rows:
-        parts = zip(a.split(step), b.split(step), strict=True)
-        return torch.cat([_row_products(one, other, len(one)) for one, other in parts])
-    whole = a.shape[1] // _RUN * _RUN if a.shape[1] > 2 * _RUN else 0
-    sums = torch.linalg.vecdot(a[:, whole:], b[:, whole:]).double()
-    if whole:
-        runs = (t[:, :whole].unflatten(1, (-1, _RUN)) for t in (a, b))
-        sums += torch.linalg.vecdot(*runs).sum(1, dtype=torch.float64)
+def _row_changes(grad: Tensor, values: Tensor, grad_x: Tensor, x: Tensor) -> Tensor:
+    """Return ``sum(grad * values) - sum(grad_x * x)`` of each row, ``[rows]``, float64."""
+    rows, length = x.shape
+    sums = x.new_empty(rows, dtype=torch.float64)
+    step = max(CHUNK // max(length, 1), 1)
+    scratch = torch.empty_like(x[:step])  # stays in the cache
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        terms = torch.mul(grad[part], values[part], out=scratch[: min(step, rows - start)])
+        terms.addcmul_(grad_x[part], x[part], value=-1)  # small where nothing is cut off, so float32 will do
+        whole = length // _RUN * _RUN if length > 2 * _RUN else 0
+        sums[part] = terms[:, whole:].sum(1)
+        if whole:
+            sums[part] += terms[:, :whole].unflatten(1, (-1, _RUN)).sum(2).sum(1, dtype=torch.float64)
     return sums
