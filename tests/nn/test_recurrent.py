@@ -16,6 +16,7 @@ import lightning_qat as lq
 from lightning_qat.nn import recurrent
 from lightning_qat.nn.recurrent import QuantizedRecurrentWeight, RecurrentWeight, can_be_split, merge, split
 from lightning_qat.ptq import measure_sensitivity
+from lightning_qat.testing import assert_resume_exact
 from lightning_qat.transforms.oscillation import codes_now
 from lightning_qat.transforms.prepare import qat_layers
 
@@ -362,6 +363,20 @@ def test_training_learns_and_ships_what_trained(tmp_path, learned):
     assert torch.equal(converted.model.rnn.hh_l0.codes, codes_now(module.model.rnn.hh_l0))
     if learned:
         assert len(trainer.optimizers[0].param_groups[1]["params"]) == 2
+
+
+def test_a_run_interrupted_at_an_epochs_end_ends_in_the_same_bits(tmp_path):
+    tokens = torch.randint(0, 20, (32, 6), generator=torch.Generator().manual_seed(0))
+
+    def loader():
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens), 16)
+
+    def callbacks():
+        config = lq.QuantizationConfig("int8", bits=4, per_channel=True, learnable=True)
+        plan = lq.QuantizationPlan([lq.LayerRule("model.rnn", config)], base="int8_weight_only")
+        return [lq.QuantizationAwareTraining(plan, start_step=1, freeze_step=5, certify=False)]
+
+    assert_resume_exact(Module, loader, callbacks, [2, 4], folder=tmp_path, witness=False, max_epochs=3)
 
 
 def test_splitting_by_hand_is_undone():
