@@ -19,10 +19,12 @@ class Traced(QuantizedLayer):
     """Anything with a ``forward`` of its own that reads the weight."""
 
     #: Whether the codes are held with inputs first, as MatMul reads them.
-    transposed: ClassVar[bool] = False
+    inputs_first: ClassVar[bool] = False
     onnx_codes: Tensor
     onnx_scale: Tensor
     onnx_zero_point: Tensor
+    onnx_input_zero_point: Tensor
+    bias: Tensor | None
     #: The bias in steps of the products of codes, as engines add it; None where it stays in float.
     onnx_bias: Tensor | None
     onnx_bias_scale: Tensor | None
@@ -32,9 +34,9 @@ class Traced(QuantizedLayer):
         inputs = (codes, self.onnx_scale, self.onnx_zero_point)
         attributes: dict[str, Any] = {}
         if fmt.group_size is not None:
-            attributes = {"axis": 0 if self.transposed else 1, "block_size": fmt.group_size}
+            attributes = {"axis": 0 if self.inputs_first else 1, "block_size": fmt.group_size}
         elif fmt.axis is not None:
-            attributes = {"axis": 1 - fmt.axis if self.transposed else fmt.axis}
+            attributes = {"axis": 1 - fmt.axis if self.inputs_first else fmt.axis}
         return symbolic("DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=codes.shape)
 
     weight: Any = property(_traced_weight)
@@ -42,7 +44,7 @@ class Traced(QuantizedLayer):
     def traced_bias(self) -> Tensor | None:
         """Return the bias."""
         if self.onnx_bias is None:
-            return self.bias  # type: ignore[return-value]
+            return self.bias
         inputs, shape = (self.onnx_bias, self.onnx_bias_scale), self.onnx_bias.shape
         return symbolic("DequantizeLinear", inputs, {"axis": 0}, dtype=torch.float32, shape=shape)
 
@@ -60,8 +62,9 @@ class Traced(QuantizedLayer):
     def input_codes(self, x: Tensor) -> Tensor:
         """Return the codes of an input with a calibrated range."""
         fmt: Any = self.input_format
-        scale, zero_point = self.input_scale, self.onnx_input_zero_point
-        x = _within(x, fmt, scale, zero_point)  # type: ignore[arg-type]
+        scale: Any = self.input_scale
+        zero_point = self.onnx_input_zero_point
+        x = _within(x, fmt, scale, zero_point)
         return symbolic("QuantizeLinear", (x, scale, zero_point), dtype=zero_point.dtype, shape=x.shape)
 
     def integer_product(self, codes: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -74,7 +77,7 @@ class Traced(QuantizedLayer):
 class TracedLinear(Traced):
     """MatMul with a weight whose inputs come first, then the bias."""
 
-    transposed = True
+    inputs_first = True
 
     def forward(self, input: Tensor) -> Tensor:
         fmt = self.input_format
@@ -103,12 +106,13 @@ class TracedPointwise(Traced):
     quantized it, the float convolution with a weight dequantized on every call took onnxruntime 7 times as long.
     """
 
-    transposed = True
+    inputs_first = True
 
     def forward(self, input: Tensor) -> Tensor:
         codes = self.input_codes(input).movedim(1, -1)
-        product = self.integer_product(codes, self.onnx_input_zero_point) * (self.input_scale * self.onnx_scale)
-        return (product if self.bias is None else product + self.bias).movedim(-1, 1)  # type: ignore[operator]
+        scale: Any = self.input_scale
+        product = self.integer_product(codes, self.onnx_input_zero_point) * (scale * self.onnx_scale)
+        return (product if self.bias is None else product + self.bias).movedim(-1, 1)
 
 
 class TracedConvTranspose(Traced):
@@ -171,7 +175,7 @@ def make_traceable(name: str, layer: QuantizedLayer) -> None:
     codes, scale = layer.codes.to(dtype), layer.weight_scale.detach()
     # onnxruntime 1.32 computes a Gemm with integers only where the zero points, be they 0, are written.
     zero = torch.zeros_like(scale, dtype=dtype) if fmt.symmetric else layer.weight_zero_point.to(dtype)
-    if kind.transposed:
+    if kind.inputs_first:
         codes = codes.reshape(codes.shape[0], -1).t().contiguous()
         if fmt.group_size is not None:
             scale, zero = scale.t().contiguous(), zero.t().contiguous()

@@ -17,7 +17,7 @@ from lightning_qat.ops.word_packing import pack_awq_words
 
 CONFIGS = {
     "groups": lq.QuantizationConfig("int4", group_size=32),
-    "asymmetric": lq.QuantizationConfig("awq", group_size=16, symmetric=False),
+    "asymmetric": lq.QuantizationConfig("awq", group_size=64, symmetric=False),
     "channels": lq.QuantizationConfig("int4", per_channel=True),
 }
 
