@@ -7,7 +7,7 @@ inputs as they are then; any algorithm may choose codes after it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -156,7 +156,10 @@ def _search(
     seen = statistics[fold.layers[0]]
     tied = None if fold.tied is None else fold.tied.to(seen.gram.device)
     if isinstance(options, SmoothingOptions):
-        smooth = search_smoothing(weights, seen, formats, options, tied)
+        bits = [q.bits for name in fold.layers if (q := layers[name].input_quantizer) is not None]
+        if not bits:
+            return GroupScaling(Fold(fold.layers, reason="inputs that stay in float need no smoothing"))
+        smooth = search_smoothing(weights, seen, formats, replace(options, activation_bits=min(bits)), tied)
         scales = None if smooth.alpha is None else smooth.scales
         return GroupScaling(fold, scales, smooth.loss, smooth.plain_loss, smooth.alpha)
     found = search_scales(weights, seen.gram, seen.mean_magnitude, formats, options, tied)

@@ -32,7 +32,7 @@ class SmoothingOptions:
         alpha: how much of the difficulty goes to the weights: ``s = max|x|**alpha / max|w|**(1 - alpha)``; None takes
             the value of least expected error, which may be to leave everything as it is.
         grid_points: values of ``alpha`` that are tried then, from 0 to 1.
-        activation_bits: of the inputs, which share one step.
+        activation_bits: of the inputs, which share one step; in a prepared model those of its layers.
     """
 
     alpha: float | None = None

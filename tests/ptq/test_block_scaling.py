@@ -138,6 +138,18 @@ def test_layers_without_statistics_are_left_alone() -> None:
     assert found.notes["down"] == "no scale: 'down' got no input, or one without a Gram matrix"
 
 
+def test_smoothing_is_for_inputs_that_are_quantized() -> None:
+    block, layers, batches = prepared()
+    found = scaled(block, layers, batches, SmoothingOptions())
+    assert found.changed == {}
+    assert found.notes["gate"] == "no scale: inputs that stay in float need no smoothing"
+    losses = []
+    for bits in (4, 8):
+        block, layers, batches = prepared(lq.QATConfig("int8", per_channel=True, activation_bits=bits))
+        losses.append(scaled(block, layers, batches, SmoothingOptions()).groups[0].plain_loss)
+    assert losses[0] > 50 * losses[1]
+
+
 def test_the_users_parameters_stay() -> None:
     block, layers, batches = prepared()
     own = {name: (p, p.detach().clone()) for name, p in block.named_parameters()}
