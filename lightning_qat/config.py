@@ -383,7 +383,7 @@ def resolve_plan(plan: PlanLike) -> QuantizationPlan:
     if isinstance(plan, QuantizationConfig):
         base = QATConfig(
             plan.scheme,
-            bits=plan.bits,  # type: ignore[arg-type]
+            bits=plan.bits,
             symmetric=plan.symmetric,
             per_channel=plan.per_channel,
             group_size=plan.group_size,
