@@ -12,6 +12,7 @@ from lightning_qat.ptq.bit_allocation import (
 from lightning_qat.ptq.clipping import ClippingOptions
 from lightning_qat.ptq.gptq import GPTQOptions
 from lightning_qat.ptq.gptq_quantizer import GPTQQuantizer
+from lightning_qat.ptq.gram_sensitivity import gram_sensitivity
 from lightning_qat.ptq.methods import PTQOptions
 from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, ptq_report
 from lightning_qat.ptq.preflight import LayerTask, preflight
@@ -32,6 +33,7 @@ __all__ = [
     "PTQReport",
     "SmoothingOptions",
     "allocate_bits",
+    "gram_sensitivity",
     "measure_sensitivity",
     "mixed_plan",
     "preflight",

@@ -106,7 +106,7 @@ class Engine:
     @torch.no_grad()
     def run(self) -> PTQReport:
         """Quantize every layer and return what came out."""
-        with float_forward(self.model), _as_calibrated(self.model), torch.compiler.set_stance("force_eager"):
+        with float_forward(self.model), as_calibrated(self.model), torch.compiler.set_stance("force_eager"):
             self._decide_folds()
             blocks = find_blocks(self.model, self._layers)
             course = watch_course(self.model, self._layers, blocks, self._run_of(self.batches[0]))
@@ -286,7 +286,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _as_calibrated(model: nn.Module) -> Iterator[None]:
+def as_calibrated(model: nn.Module) -> Iterator[None]:
     """Let ``model`` run as its layers are to be watched: in evaluation mode, without a cache of keys and values."""
     modes = {module: module.training for module in model.modules()}
     configs = {id(c): c for m in modes if (c := getattr(m, "config", None)) is not None and hasattr(c, "use_cache")}

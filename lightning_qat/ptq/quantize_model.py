@@ -99,6 +99,8 @@ def quantize_model(
         raise ValueError(f"method={chosen!r} got no calibration batch; give at least one")
     options = options or PTQOptions()
     kept = None
+    if journal is not None and options.across_ranks:
+        raise ValueError("journal=... is of one process; leave it out with across_ranks=True")
     if journal is not None:
         settings = {"plan": plan, "method": chosen, "options": options, "convert": convert}
         kept = Journal(journal, fingerprint(original, batches, **settings), restart=restart)
@@ -113,7 +115,10 @@ def quantize_model(
         journal=kept,
         packs=convert and not verify,
     )
-    return _finished(replica, engine.run(), batches, forward, observer, verify=verify, convert=convert)
+    report = engine.run()
+    if static_quantizers(replica):  # the ranges of activations are those of the quantized weights
+        calibrate(replica, batches, forward, across_ranks=options.across_ranks)
+    return _finished(replica, report, batches, forward, observer, verify=verify, convert=convert)
 
 
 def _plan_of(model: nn.Module, config: PlanLike | None) -> QuantizationPlan:
@@ -173,9 +178,7 @@ def _finished(
     verify: bool,
     convert: bool,
 ) -> ModelT:
-    """Give activations their ranges, which are those of the quantized weights, and convert what is still in float."""
-    if static_quantizers(model):
-        calibrate(model, batches, forward)
+    """Convert what is still in float, and tell."""
     result = model
     if convert and any(True for _ in qat_layers(model)):
         result = convert_model(model, verify=batches if verify else None, forward=forward)

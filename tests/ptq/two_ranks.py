@@ -1,0 +1,27 @@
+"""One of two ranks of gloo as a script: ``python two_ranks.py FOLDER`` writes what it made to ``FOLDER/RANK.pt``."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from ptq_models import Llama, built, tokens
+
+import lightning_qat as lq
+
+PLAN = lq.QuantizationPlan([lq.LayerRule("layers.*", lq.QuantizationConfig("int4", group_size=8), "int8")])
+
+
+def quantized(batches, *, across_ranks):
+    options = lq.PTQOptions(across_ranks=across_ranks)
+    made = lq.quantize_model(built(Llama), PLAN, batches, "awq+gptq", options=options)
+    return made.state_dict(), lq.ptq_report(made).rows()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    torch.save(quantized(tokens()[rank::2], across_ranks=True), f"{sys.argv[1]}/{rank}.pt")
