@@ -135,6 +135,12 @@ def orders_groups(shape: torch.Size, fmt: TensorFormat, options: GPTQOptions) ->
     return options.activation_order and not options.static_groups and width is not None and width < shape[1]
 
 
+def check_gram(gram: Tensor, size: int) -> None:
+    """Raise ``ValueError`` unless a Gram matrix is one of ``size`` input features."""
+    if gram.shape != (size, size):
+        raise ValueError(f"gram has shape {tuple(gram.shape)}; a weight of {size} input features takes {(size, size)}")
+
+
 def _check(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor | None) -> None:
     check_target(fmt)
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
@@ -142,8 +148,7 @@ def _check(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor | None
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}; use floating point [out_features, in_features]"
         )
     size = weight.shape[1]
-    if gram.shape != (size, size):
-        raise ValueError(f"gram has shape {tuple(gram.shape)}; a weight of {size} input features takes {(size, size)}")
+    check_gram(gram, size)
     if fmt.group_size is not None and size % fmt.group_size:
         raise ValueError(f"group_size must divide in_features: {size} % {fmt.group_size} != 0")
     check_finite(weight)

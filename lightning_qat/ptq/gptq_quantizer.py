@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_qat.config import QuantizationConfig
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.column_grid import check_target
-from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq, orders_groups
+from lightning_qat.ptq.gptq import GPTQOptions, check_gram, choose_gptq, orders_groups
 from lightning_qat.quantizers.quantizer import quantize
 from lightning_qat.schemes import get_scheme, weight_format
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
@@ -73,6 +73,7 @@ class GPTQQuantizer:
         matrix = weight.reshape(len(weight), -1)
         if hessian is None:
             hessian = torch.eye(matrix.shape[1], device=weight.device)
+        check_gram(hessian, matrix.shape[1])
         fmt, given = weight_format(self.config, weight.shape), {}
         if (self.config.observer or "min_max") != "min_max":
             observed = quantize(matrix, self.config)

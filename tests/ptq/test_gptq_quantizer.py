@@ -184,8 +184,9 @@ def test_configs_without_a_grid(config: QuantizationConfig | str, message: str) 
     ],
 )
 def test_wrong_tensors(weight: Tensor, hessian: Tensor | None, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        GPTQQuantizer("gptq").quantize(weight, hessian)
+    for options in (GPTQOptions(), GPTQOptions(static_groups=False)):
+        with pytest.raises(error, match=message):
+            GPTQQuantizer(QuantizationConfig("gptq", group_size=1), options).quantize(weight, hessian)
 
 
 def test_wrong_types() -> None:
