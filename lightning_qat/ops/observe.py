@@ -35,7 +35,8 @@ def observe_fake_quantize_op(
 def _(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *(x.new_empty((), dtype=torch.float32) for _ in range(2))
+    low, high = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), low, high
 
 
 def observe_fake_quantize_cuda(
