@@ -44,6 +44,16 @@ def quantized_llama(
     return lq.convert(model)
 
 
+def quantized_bert(weight: Any, *, pooler: bool) -> Any:
+    """Return a BERT of two blocks, hidden size 64, converted."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=99)
+    rules = [lq.LayerRule(nn.Linear, weight), *([] if pooler else [lq.LayerRule("pooler.dense")])]
+    model = transformers.BertModel(transformers.BertConfig(**sizes, initializer_range=0.2)).eval()
+    return lq.convert(lq.prepare(model, lq.QuantizationPlan(rules)))
+
+
 def layers_of(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, lq.QuantizedLinear)}
 

@@ -122,6 +122,11 @@ def to_bitsandbytes_format(
         held = quantize(tensor_or_quantized, config_of(replace(bnb, outlier_threshold=0.0)))
     if held.input_scale is not None:
         raise ValueError("bitsandbytes has no place for an input_scale (AWQ); quantize the float tensor without one")
+    if held.order is not None:
+        raise ValueError(
+            "the columns of the tensor lie in another order (GPTQ), which bitsandbytes has no place for; use "
+            "GPTQOptions(static_groups=True)"
+        )
     if held.format.scheme == "llm_int8":
         return _write_int8(held)
     if held.format.scheme not in _NAMES:

@@ -113,6 +113,19 @@ def check_head_in_float(contents: Contents, kind: str) -> None:
         )
 
 
+def check_last_in_float(contents: Contents, kind: str) -> None:
+    """Raise if the last layer of all is quantized, which transformers leaves in float too when it loads ``kind``."""
+    if not contents.is_pretrained:
+        return
+    owners = (n for n, m in contents.model.named_modules() if m._parameters or isinstance(m, QuantizedLayer))
+    last = list(owners)[-1]
+    if last in contents.layers:
+        raise ValueError(
+            f"layer {last!r} is the last of all, which transformers keeps in float when it loads {kind}; leave it in "
+            f"float with LayerRule({last!r}), or use format='compressed_tensors'"
+        )
+
+
 def check_head_untied(contents: Contents) -> None:
     """Raise if the output head is quantized and transformers would tie it to the embedding again."""
     if contents.head in contents.layers and getattr(contents.model.config, "tie_word_embeddings", False):

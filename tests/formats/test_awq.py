@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import assert_same_layers, difference, layers_of, llama, logits, pretrained, quantized_llama
+from llamas import (
+    IDS,
+    assert_same_layers,
+    difference,
+    layers_of,
+    llama,
+    logits,
+    pretrained,
+    quantized_bert,
+    quantized_llama,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -131,3 +141,17 @@ def test_outputs_that_do_not_fill_a_word_are_refused(tmp_path: Path) -> None:
     model = lq.convert(lq.prepare(nn.Sequential(nn.Linear(32, 12)), CONFIGS["groups"]))
     with pytest.raises(ValueError, match="layer '0' has out_features=12, and AWQ packs 8 outputs into a word"):
         lq.export(model, tmp_path / "file", "awq")
+
+
+def test_an_encoder(gptqmodel, eager, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    model = quantized_bert(CONFIGS["groups"], pooler=False)
+    lq.export(model, tmp_path / "file", "awq")
+    theirs = AutoModel.from_pretrained(tmp_path / "file").eval()
+    assert type(theirs.pooler.dense) is nn.Linear
+    assert type(theirs.encoder.layer[1].output.dense) is not nn.Linear
+    with torch.no_grad():
+        assert difference(theirs(IDS).last_hidden_state, model(IDS).last_hidden_state) < 3e-2
+    with pytest.raises(ValueError, match="layer 'pooler.dense' is the last of all"):
+        lq.export(quantized_bert(CONFIGS["groups"], pooler=True), tmp_path / "other", "awq")

@@ -6,6 +6,7 @@ What it dequantizes on a CPU is wrong for some shapes, so values are compared wi
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
@@ -212,6 +213,12 @@ def test_what_does_not_fit_is_refused() -> None:
     spread[0, 3] = 50
     with pytest.raises(ValueError, match="columns in 16 bit"):
         lq.to_bitsandbytes_format(lq.quantize_int8(spread, BitsAndBytesConfig(outlier_threshold=6.0)))
+
+
+def test_columns_in_another_order_are_refused() -> None:
+    held = lq.quantize(randn(8, 64), lq.QuantizationConfig("nf4", group_size=64))
+    with pytest.raises(ValueError, match=r"the columns of the tensor lie in another order \(GPTQ\)"):
+        lq.to_bitsandbytes_format(replace(held, order=torch.arange(64).flip(0)))
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import assert_same_layers, difference, layers_of, llama, logits, pretrained, quantized_llama
+from llamas import (
+    IDS,
+    assert_same_layers,
+    difference,
+    layers_of,
+    llama,
+    logits,
+    pretrained,
+    quantized_bert,
+    quantized_llama,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -191,3 +201,17 @@ def test_groups_of_activation_order_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(lq.QuantizedFileError, match="mlp.up_proj' has groups of inputs that do not lie"):
         lq.import_quantized(tmp_path / "file", model)
     assert torch.equal(logits(model), before)
+
+
+def test_an_encoder(gptqmodel, eager, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    model = quantized_bert(CONFIGS["4 bits, groups"], pooler=False)
+    lq.export(model, tmp_path / "file", "gptq")
+    theirs = AutoModel.from_pretrained(tmp_path / "file").eval()
+    assert type(theirs.pooler.dense) is nn.Linear
+    assert type(theirs.encoder.layer[1].output.dense) is not nn.Linear
+    with torch.no_grad():
+        assert difference(theirs(IDS).last_hidden_state, model(IDS).last_hidden_state) < 3e-2
+    with pytest.raises(ValueError, match="layer 'pooler.dense' lies outside the blocks 'encoder.layer'"):
+        lq.export(quantized_bert(CONFIGS["4 bits, groups"], pooler=True), tmp_path / "other", "gptq")
