@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from tensors import randn
@@ -52,6 +52,7 @@ def test_the_weight_itself_comes_back_better_than_rounded(config: QuantizationCo
     dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
     seed=st.integers(0, 100),
 )
+@example(shape=(3, 4, 3, 3), dtype=torch.float32, seed=23)  # where pow differs from lane to lane
 @settings(max_examples=20, deadline=None)
 def test_values_are_codes_times_scale_over_the_input_scale(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int
