@@ -67,7 +67,7 @@ class Traced(QuantizedLayer):
         x = _within(x, fmt, scale, zero_point)
         return symbolic("QuantizeLinear", (x, scale, zero_point), dtype=zero_point.dtype, shape=x.shape)
 
-    def integer_product(self, codes: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    def integer_product(self, codes: Tensor, zero_point: Tensor) -> Tensor:
         """Return ``(codes - zero_point) @ (weight's codes - theirs)`` in float32, with inputs last."""
         shape = (*codes.shape[:-1], self.onnx_codes.shape[1])
         inputs = (codes, self.onnx_codes, zero_point, self.onnx_zero_point)
@@ -84,7 +84,8 @@ class TracedLinear(Traced):
         if fmt is not None and fmt.dynamic and fmt.symmetric and self.weight_format.group_size is None:
             codes, scale, _ = dynamic_codes(input, fmt, None)
             # One scale after the other: onnxruntime 1.32 takes the product of both for one scale for all tokens.
-            product = self.integer_product(codes.to(torch.int8)) * scale * self.onnx_scale
+            codes = (codes + 2 ** (fmt.bits - 1)).to(torch.uint8)
+            product = self.integer_product(codes, self.onnx_input_zero_point) * scale * self.onnx_scale
         else:
             product = torch.matmul(self.quantized_input(input), self.weight)
         # A matrix with an int32 bias is a Gemm to engines; for more dimensions there is none, and they add floats.
@@ -100,18 +101,20 @@ class TracedConv(Traced):
 
 
 class TracedPointwise(Traced):
-    """A 1x1 convolution that is read as floats, as by a residual addition: a product of integers.
+    """A 1x1 convolution that is read as floats, as by a residual addition: MatMul, channels last.
 
-    Engines compute a convolution with integers only where its output is quantized at once. Where nothing in training
-    quantized it, the float convolution with a weight dequantized on every call took onnxruntime 7 times as long.
+    Engines compute a convolution with integers only where its output is quantized at once, a MatMul in any case. Where
+    nothing in training quantized the output, onnxruntime took 7 times as long for the convolution, all weights
+    dequantized at every call.
     """
 
     inputs_first = True
 
     def forward(self, input: Tensor) -> Tensor:
+        grid = (self.input_scale, self.onnx_input_zero_point)
         codes = self.input_codes(input).movedim(1, -1)
-        scale: Any = self.input_scale
-        product = self.integer_product(codes, self.onnx_input_zero_point) * (scale * self.onnx_scale)
+        x = symbolic("DequantizeLinear", (codes, *grid), dtype=torch.float32, shape=codes.shape)
+        product = torch.matmul(x, self.weight)
         return (product if self.bias is None else product + self.bias).movedim(-1, 1)
 
 
@@ -159,7 +162,7 @@ def _within(x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor) -> 
     low, high = quant_range(fmt.bits, fmt.symmetric)
     if fmt.bits == 8 and not fmt.symmetric:
         return x
-    zero = zero_point.to(torch.float32)
+    zero = 0 if fmt.symmetric else zero_point.to(torch.float32)
     return torch.minimum(torch.maximum(x, (low - zero) * scale), (high - zero) * scale)
 
 
@@ -183,10 +186,10 @@ def make_traceable(name: str, layer: QuantizedLayer) -> None:
     layer.register_buffer("onnx_scale", scale.contiguous(), persistent=False)
     layer.register_buffer("onnx_zero_point", zero, persistent=False)
     inputs = layer.input_format
-    if inputs is not None and not inputs.dynamic:
-        zeros = layer.input_zero_point
-        held = torch.zeros((), dtype=torch.int8) if inputs.symmetric else zeros.to(torch.uint8)  # type: ignore[union-attr]
-        layer.register_buffer("onnx_input_zero_point", held, persistent=False)
+    if inputs is not None and (inputs.symmetric or not inputs.dynamic):
+        # Engines multiply uint8 by int8 fastest, some nothing else: symmetric codes are moved up to be unsigned.
+        held: Any = torch.tensor(2 ** (inputs.bits - 1)) if inputs.symmetric else layer.input_zero_point
+        layer.register_buffer("onnx_input_zero_point", held.to(torch.uint8), persistent=False)
     bias, bias_scale = _integer_bias(layer)
     layer.register_buffer("onnx_bias", bias, persistent=False)
     layer.register_buffer("onnx_bias_scale", bias_scale, persistent=False)
