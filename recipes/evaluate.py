@@ -32,7 +32,9 @@ def evaluate(cfg: DictConfig) -> list[Variant]:
     data = make_data(trained.data, **cfg.data)
 
     float_task = make_task(trained.task)
-    load_weights(float_task, folder / FLOAT_WEIGHTS)
+    weights = float_weights(trained, folder)
+    if weights is not None:
+        load_weights(float_task, weights)
     float_test = measure(float_task, data, trainer, seed=trained.seed)
 
     try:
@@ -42,7 +44,11 @@ def evaluate(cfg: DictConfig) -> list[Variant]:
     quantized_test = measure(quantized, data, trainer, seed=trained.seed)
     times = latency({"float": float_task, "quantized": quantized}, float_test.example)
 
-    size = (folder / FLOAT_WEIGHTS).stat().st_size
+    size = (
+        sum(p.numel() * p.element_size() for p in float_task.parameters())
+        if weights is None
+        else weights.stat().st_size
+    )
     variants = [
         float_test.variant("float", size, milliseconds=times.of("float")),
         quantized_test.variant(
@@ -53,6 +59,13 @@ def evaluate(cfg: DictConfig) -> list[Variant]:
         show_layers(quantization_statistics(quantized).values())
     show(variants, Path(cfg.output_dir), parity_report(quantized), times, model_path=str(model_path))
     return variants
+
+
+def float_weights(trained: DictConfig, folder: Path) -> Path | None:
+    """Return the file of the float weights; None where the model came with its own and `quantize` left them there."""
+    if "qat_fit" in trained or (folder / FLOAT_WEIGHTS).is_file():
+        return folder / FLOAT_WEIGHTS
+    return None if trained.float_checkpoint is None else Path(trained.float_checkpoint)
 
 
 def run_folder(path: Path) -> tuple[Path, Path]:

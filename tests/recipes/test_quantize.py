@@ -113,6 +113,10 @@ def test_a_folder_of_hugging_face(run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
     found = rows(folder)
     assert found["quantized"]["test/perplexity"] == pytest.approx(found["float"]["test/perplexity"], rel=0.05)
+    again = rows(run("evaluate", f"model_path={folder}"))
+    assert again["float"]["bytes"] == found["float"]["bytes"]
+    for name in ("float", "quantized"):
+        assert again[name]["test/perplexity"] == pytest.approx(found[name]["test/perplexity"], rel=1e-6)
     layers = json.loads((folder / "results.json").read_text())["layers"]
     assert len(layers) == 14
     assert {layer["method"] for layer in layers} == {"awq+gptq"}
