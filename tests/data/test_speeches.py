@@ -18,7 +18,7 @@ from lightning_qat.data import (
     speech_names,
     speech_windows,
 )
-from lightning_qat.data.speeches import split_sentences
+from lightning_qat.data.speeches import _as_long_as_the_longest, split_sentences
 
 TESTED = "2026-Trump-1"
 
@@ -113,3 +113,11 @@ def test_photographs() -> None:
     again = ImageNetSamplesDataModule(train_images=90, val_images=2, size=32)
     again.setup()
     assert torch.equal(again._parts["train"][0], data._parts["train"][0])
+
+
+def test_a_batch_of_sentences_is_as_long_as_its_longest():
+    ids = [torch.tensor([7, 8, 9, 0, 0]), torch.tensor([7, 8, 0, 0, 0])]
+    masks = [(one != 0).long() for one in ids]
+    cut, mask = _as_long_as_the_longest(list(zip(ids, masks, strict=True)))
+    assert cut.tolist() == [[7, 8, 9], [7, 8, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
