@@ -254,7 +254,7 @@ def _folder() -> Path:
 
 
 def _as_long_as_the_longest(sentences: list[Sentences]) -> Sentences:
-    """Return ids and masks ``[batch, tokens]`` without what pads all of them, which statistics of inputs would count."""
+    """Return ids and masks ``[batch, tokens]`` without what pads all of them: statistics would count it."""
     ids, masks = (torch.stack(part) for part in zip(*sentences, strict=True))
     most = int(masks.sum(1).max())
     return ids[:, :most], masks[:, :most]
