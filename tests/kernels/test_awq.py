@@ -51,7 +51,8 @@ def test_words_and_values_equal_the_definition(
         weight[0, :5] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-7])
         weight = weight.t().contiguous().t()
     inputs = (randn(shape[1], seed=seed + 1)).exp() if scaled else None
-    scale, zero = grid_of(weight, group or shape[1], symmetric)
+    whole = group is None or shape[1] % group != 0
+    scale, zero = grid_of(weight, shape[1] if whole else group, symmetric)
     expected = reference_awq_pack(weight, scale, zero, inputs)
     on = [None if t is None else t.to(device) for t in (scale, zero, inputs)]
     words = kernels.launch_awq_pack(weight.to(device), *on)

@@ -221,10 +221,12 @@ def test_qat_begins_where_gptq_ended(learnable) -> None:
     assert layer.weight.grad is not None
     if learnable:
         exponent = layer.weight_quantizer.learned.exponent
-        assert exponent.grad.abs().max() == 0  # a weight on its grid pulls at no scale; after a step it does
+        # A weight on its grid pulls at no scale but for the rounding of weight / scale; after a step it does.
+        on_grid, exponent.grad = exponent.grad.abs().max(), None
         torch.optim.SGD(prepared.parameters(), 0.5).step()
         prepared(x).square().mean().backward()
         assert exponent.grad.abs().max() > 0
+        assert on_grid <= 1e-4 * exponent.grad.abs().max(), (on_grid, exponent.grad.abs().max())
         return
     again = lq.quantize_model(prepared, None, batches, "gptq")
     assert torch.equal(again.layers[0].q_proj.codes, made.layers[0].q_proj.codes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import struct
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,13 @@ def clothes(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("name", "bits"), [("fashion_mnist_w4a4_lsq", 4), ("fashion_mnist_progressive", 2)])
 def test_fashion_mnist(run: Run, clothes: Path, name: str, bits: int, caplog: pytest.LogCaptureFixture) -> None:
-    folder = run("train", f"recipe={name}", f"data.root={clothes}", "data.batch_size=64", "logger=none", *TINY)
+    notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # what is above it may keep them to itself
+    caplog.set_level(logging.INFO, notices.name)
+    notices.addHandler(caplog.handler)
+    try:
+        folder = run("train", f"recipe={name}", f"data.root={clothes}", "data.batch_size=64", "logger=none", *TINY)
+    finally:
+        notices.removeHandler(caplog.handler)
     for layer in layers(folder).values():
         assert layer["weight"]["bits"] == bits
         assert layer["input"]["bits"] == 4
