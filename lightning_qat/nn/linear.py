@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache, partial
+import weakref
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -138,11 +138,13 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             size: Any = self.weight_format.group_size
             packed = pack_int4(self.codes, self.weight_scale, self.weight_zero_point, size)
             return lambda x, bias: int4_linear(x, packed, bias)
+        if fmt is None and self._takes_bags():
+            return self._few_tokens()
         if fmt is None:
             whole = self.weight_format.scheme == "llm_int8"
             values, steps = (self.codes, self.scale * PER_CODE) if whole else (weight_values(self), self.weight_scale)
-            pack = partial(pack_digits, values, steps, self.weight_format.group_size)
-            return self._few_tokens(pack) if self._takes_bags() else partial(_multiply_digits, pack())
+            digits = pack_digits(values, steps, self.weight_format.group_size)
+            return lambda x, bias: digit_linear(x, digits, bias)
         if fmt.scheme == "llm_int8":
             parts = pack_with_outliers(self.codes, self.scale)
             return lambda x, bias: outlier_linear(x, fmt.outlier_threshold, parts, bias)
@@ -162,24 +164,20 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
         return kernel
 
+    def _few_tokens(self) -> IntegerKernel:
+        """Return what reads packed 4-bit weights for one or two tokens, and int8 copies, made when needed, for more."""
+        bags, whose = pack_bags(self.codes, self.weight_scale, self.weight_zero_point), weakref.ref(self)
 
-    def _few_tokens(self, pack: Callable[[], DigitWeight]) -> IntegerKernel:
-        """Return what reads packed 4-bit weights for one or two tokens, and int8 copies for more: made when there are.
-
-        ``pack`` makes them.
-        """
-        bags = pack_bags(self.codes, self.weight_scale, self.weight_zero_point)
-        digits = lru_cache(maxsize=1)(pack)
+        @lru_cache(maxsize=1)
+        def digits() -> DigitWeight:
+            layer: Any = whose()  # whoever calls holds it; the kernel is built anew when its codes change
+            return pack_digits(weight_values(layer), layer.weight_scale, layer.weight_format.group_size)
 
         def kernel(x: Tensor, bias: Tensor | None) -> Tensor:
             few = x.numel() <= BAG_TOKENS * x.shape[-1]
             return bag_linear(x, bags, bias) if few else digit_linear(x, digits(), bias)
 
         return kernel
-
-
-def _multiply_digits(weight: DigitWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    return digit_linear(x, weight, bias)
 
 
 register_layer(QATLinear, QuantizedLinear)

@@ -99,6 +99,20 @@ def test_a_layer_takes_it_for_few_tokens(monkeypatch, symmetric):
     assert len(called) == 4
 
 
+def test_an_int8_copy_is_made_for_more_tokens_only(monkeypatch):
+    made, pack = [], linear_module.pack_digits
+    monkeypatch.setattr(linear_module, "pack_digits", lambda *a: made.append(1) or pack(*a))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    layer = converted()
+    with torch.inference_mode():
+        few = layer(randn(2, 1024))
+        assert not made
+        many = layer(torch.cat((randn(2, 1024), randn(2, 1024))))
+        layer(randn(4, 1024))
+    assert len(made) == 1
+    torch.testing.assert_close(many[:2], few, rtol=1e-4, atol=1e-5)
+
+
 def _answer(layer, queue):
     queue.put(layer(torch.ones(1, 1024)).tolist())
 
