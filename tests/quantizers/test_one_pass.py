@@ -51,6 +51,21 @@ def test_a_batch_seen_without_gradient_counts(monkeypatch):
     assert ranges[0][1] > 1.0
 
 
+@pytest.mark.parametrize("devices", [frozenset(), frozenset({"cpu"})])
+def test_a_batch_is_all_that_a_layer_was_given_in_it(monkeypatch, devices):
+    monkeypatch.setattr(fake_quantizer, "ONE_PASS_DEVICES", devices)
+    config = lq.QATConfig("int8", activation_observer="min_max")
+    model = lq.prepare(nn.Sequential(nn.Linear(3, 3)), config)
+    defer_ranges(model, True)
+    model(torch.tensor([[0.5, -0.5, 0.0]]))
+    update_ranges(model)
+    for x in ([4.0, -1.0, 0.0], [1.0, -3.0, 0.0], [2.0, -2.0, 0.0]):
+        model(torch.tensor([x]))
+    update_ranges(model)
+    observer = model[0].input_quantizer.observer
+    assert (observer.min_val.item(), observer.max_val.item()) == (-3.0, 4.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_op(dtype):
     x = randn(33, 7).to(dtype).t()
