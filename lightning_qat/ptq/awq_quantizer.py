@@ -13,6 +13,7 @@ from lightning_qat.config import QuantizationConfig
 from lightning_qat.ptq.awq import AWQOptions, AWQScales, search_scales
 from lightning_qat.ptq.column_grid import check_target
 from lightning_qat.ptq.scale_search import search_scales as search_ranges
+from lightning_qat.quantizers.quantizer import tensor_config
 from lightning_qat.schemes import get_scheme, weight_format
 from lightning_qat.schemes.finite import check_finite
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
@@ -41,10 +42,7 @@ class AWQQuantizer:
     """
 
     def __init__(self, config: QuantizationConfig | str = "awq", options: AWQOptions | None = None) -> None:
-        if isinstance(config, str):
-            config = QuantizationConfig(config)
-        if not isinstance(config, QuantizationConfig):
-            raise TypeError(f"config={config!r} is not allowed; use a QuantizationConfig or a scheme's name")
+        config = tensor_config(config)
         if options is not None and not isinstance(options, AWQOptions):
             raise TypeError(f"options={options!r} is not allowed; use AWQOptions or None")
         if config.dynamic:

@@ -12,7 +12,7 @@ from lightning_qat.config import QuantizationConfig
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.column_grid import check_target
 from lightning_qat.ptq.gptq import GPTQOptions, check_gram, choose_gptq, orders_groups
-from lightning_qat.quantizers.quantizer import quantize
+from lightning_qat.quantizers.quantizer import quantize, tensor_config
 from lightning_qat.schemes import get_scheme, weight_format
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
 
@@ -39,10 +39,7 @@ class GPTQQuantizer:
     """
 
     def __init__(self, config: QuantizationConfig | str = "gptq", options: GPTQOptions | None = None) -> None:
-        if isinstance(config, str):
-            config = QuantizationConfig(config)
-        if not isinstance(config, QuantizationConfig):
-            raise TypeError(f"config={config!r} is not allowed; use a QuantizationConfig or a scheme's name")
+        config = tensor_config(config)
         if options is not None and not isinstance(options, GPTQOptions):
             raise TypeError(f"options={options!r} is not allowed; use GPTQOptions or None")
         if config.dynamic:

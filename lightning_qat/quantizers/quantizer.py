@@ -25,6 +25,15 @@ from lightning_qat.schemes.finite import check_finite
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
 
 
+def tensor_config(config: Any) -> QuantizationConfig:
+    """Return ``config``, or the one that a scheme's name stands for; raise ``TypeError`` for anything else."""
+    if isinstance(config, str):
+        return QuantizationConfig(config)
+    if not isinstance(config, QuantizationConfig):
+        raise TypeError(f"config={config!r} is not allowed; use a QuantizationConfig or a scheme's name")
+    return config
+
+
 class Quantizer:
     """Quantizes tensors as a config says, with ranges of their own or of samples seen before.
 
@@ -38,11 +47,7 @@ class Quantizer:
     """
 
     def __init__(self, config: QuantizationConfig | str = "int8") -> None:
-        if isinstance(config, str):
-            config = QuantizationConfig(config)
-        if not isinstance(config, QuantizationConfig):
-            raise TypeError(f"config={config!r} is not allowed; use a QuantizationConfig or a scheme's name")
-        self.config = config
+        self.config = config = tensor_config(config)
         self.scheme: Any = get_scheme(config.scheme)
         self._observer: Observer | None = None
         self._samples = 0
