@@ -351,8 +351,9 @@ def make_quantized(
     facts.weight_format, facts.input_format = weight_format, input_format
     facts.weight_shape, facts.weight_dtype = torch.Size(weight_shape), weight_dtype
     facts.kernel_cache, facts.feeds_one_layer = KernelCache(), feeds_one_layer
-    if layer._parameters.get("bias") is not None:
-        layer.bias.requires_grad_(False)
+    bias = layer._parameters.get("bias")
+    if bias is not None and bias.requires_grad:  # another model may have the very parameter, and train on
+        layer._parameters["bias"] = nn.Parameter(bias.detach(), requires_grad=False)
 
 
 def unmake_qat(layer: QATLayer) -> None:

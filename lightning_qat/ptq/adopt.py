@@ -24,6 +24,9 @@ def given_grid(layer: QATLayer) -> tuple[Tensor | None, Tensor | None]:
 def problem_of(layer: QATLayer, statistics: InputStatistics) -> LayerProblem:
     """Return what an algorithm decides about."""
     weight = weight_now(layer).detach()
+    if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+        name = layer.weight_quantizer.name
+        raise ValueError(f"the weight of layer {name!r} holds NaN or inf; start from a checkpoint before it broke")
     return LayerProblem(weight.flatten(1), statistics, layer.weight_quantizer.format, *given_grid(layer))
 
 
@@ -91,3 +94,21 @@ def own_packed_weights(module: nn.Module) -> None:
                 packed = attention._parameters.get(name)
                 if packed is not None:
                     attention._parameters[name] = nn.Parameter(packed.detach().clone(), packed.requires_grad)
+
+
+@torch.no_grad()
+def own_parameters(model: nn.Module, original: nn.Module) -> None:
+    """Give ``model`` copies, in place, of what it shares with ``original``; what it shares with itself stays so."""
+    theirs = {_memory(parameter) for parameter in original.parameters()} - {0}
+    copies: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or _memory(parameter) not in theirs:
+                continue
+            if id(parameter) not in copies:
+                copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(module, name, copies[id(parameter)])  # recurrent layers keep a list besides
+
+
+def _memory(parameter: Tensor) -> int:
+    return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
+from lightning_qat.ptq.adopt import own_parameters
 from lightning_qat.ptq.engine import Engine
 from lightning_qat.ptq.journal import Journal, fingerprint
 from lightning_qat.ptq.methods import METHODS, PTQOptions, method_of
@@ -49,8 +50,9 @@ def quantize_model(
     """Return a new, quantized model; :func:`ptq_report` says what became of each layer.
 
     Args:
-        model: a float ``nn.Module`` or ``LightningModule``; it stays as it is, and no second copy of its weights is
-            made on the way. Or a prepared one: scales that QAT has learned or frozen are the grid of the codes.
+        model: a float ``nn.Module`` or ``LightningModule``; it stays as it is and shares nothing with the result. No
+            second copy of the weights that are quantized is made on the way. Or a prepared one: scales that QAT has
+            learned or frozen are the grid of the codes.
         config: a plan, a :class:`QATConfig`, a :class:`QuantizationConfig` (weight-only) or a preset's name; None is
             ``"int8"``, or the plan of a prepared model.
         calibration: batches, as :func:`calibrate` takes them; needed where activations have calibrated ranges, and by
@@ -93,7 +95,9 @@ def quantize_model(
     check_tasks(tasks)
     replica = _replica(original, plan)
     if not METHODS[chosen].needs_statistics:
-        return _nearest(replica, calibration, forward, observer, verify=verify, convert=convert)
+        nearest = _nearest(replica, calibration, forward, observer, verify=verify, convert=convert)
+        own_parameters(nearest, original)
+        return nearest
     batches = list(calibration or ())
     if not batches:
         raise ValueError(f"method={chosen!r} got no calibration batch; give at least one")
@@ -118,7 +122,9 @@ def quantize_model(
     report = engine.run()
     if static_quantizers(replica):  # the ranges of activations are those of the quantized weights
         calibrate(replica, batches, forward, across_ranks=options.across_ranks)
-    return _finished(replica, report, batches, forward, observer, verify=verify, convert=convert)
+    result = _finished(replica, report, batches, forward, observer, verify=verify, convert=convert)
+    own_parameters(result, original)
+    return result
 
 
 def _plan_of(model: nn.Module, config: PlanLike | None) -> QuantizationPlan:

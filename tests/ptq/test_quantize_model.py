@@ -54,6 +54,57 @@ def test_what_is_missing_is_told() -> None:
         lq.quantize_model(lq.prepare(network(), "int8"))
 
 
+class Tied(nn.Module):
+    """Blocks, norms and a head whose weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, 32)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(2)
+        )
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("convert", [True, False])
+@pytest.mark.parametrize("method", ["rtn", "clip", "gptq", "awq"])
+@pytest.mark.parametrize("head", [True, False])
+def test_the_model_stays_as_it_is_and_shares_nothing(method: str, convert: bool, head: bool) -> None:
+    model, batches = Tied().train(), [torch.randint(0, 50, (2, 8)) for _ in range(3)]
+    model.layers[0][1].weight.requires_grad_(False)
+    asked = [p.requires_grad for p in model.parameters()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rules = [] if head else [lq.LayerRule("head")]
+    plan = lq.QuantizationPlan(rules, base=lq.QATConfig("int4", group_size=16, activation_bits=None))
+    made = lq.quantize_model(model, plan, batches, method, convert=convert).eval()
+    assert [p.requires_grad for p in model.parameters()] == asked
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if not head:
+        assert made.head.weight is made.embedding.weight
+    expected = made(batches[0])
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert torch.equal(made(batches[0]), expected)
+    assert expected.abs().max() > 0
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = Tied()
+    model.layers[1][3].weight.data[2, 3] = torch.nan
+    config = lq.QuantizationConfig("gptq", group_size=16)
+    with pytest.raises(ValueError, match=r"weight of layer 'layers\.1\.3' holds NaN or inf"):
+        lq.quantize_model(model, config, [torch.randint(0, 50, (2, 8))])
+
+
 def test_any_forward() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
