@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_qat.nn import QATLayer
 from lightning_qat.nn.computed_weight import weight_now
@@ -39,15 +41,28 @@ def fingerprint(model: nn.Module, batches: Iterable[Any], **settings: Any) -> di
         _feed(state, name, tensor)
     data = hashlib.sha256()
     for batch in batches:
-        leaves, spec = tree_flatten(batch)
-        data.update(str(spec).encode())
-        for leaf in leaves:
-            _feed(data, "", leaf)
+        _feed_all(data, batch)
     told = {name: repr(value) for name, value in settings.items()}
     return {"model": state.hexdigest(), "calibration": data.hexdigest(), **told}
 
 
+def _feed_all(digest: Any, value: Any) -> None:
+    leaves, spec = tree_flatten(value)
+    digest.update(str(spec).encode())
+    for leaf in leaves:
+        # What PyTorch does not know how to flatten: its repr would leave out most of a large tensor.
+        if isinstance(leaf, Mapping):
+            _feed_all(digest, dict(leaf))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            _feed_all(digest, {field.name: getattr(leaf, field.name) for field in fields(leaf)})
+        else:
+            _feed(digest, "", leaf)
+
+
 def _feed(digest: Any, name: str, value: Any) -> None:
+    if hasattr(value, "tobytes") and hasattr(value, "shape"):  # of NumPy
+        digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
+        return
     if not isinstance(value, Tensor):
         digest.update(f"{name} {value!r}".encode())
         return
@@ -72,7 +87,7 @@ class Journal:
 
     def __init__(self, folder: str | os.PathLike[str], known: dict[str, str], *, restart: bool = False) -> None:
         self.folder = Path(folder)
-        self._unchanged: set[int] = set()
+        self._unchanged: Any = WeakIdKeyDictionary()
         file = self.folder / FINGERPRINT
         if self.folder.exists() and not file.is_file() and any(self.folder.iterdir()):
             raise FileExistsError(f"{self.folder} is there and holds no journal of a run; choose another folder")
@@ -95,7 +110,8 @@ class Journal:
 
     def begin(self, model: nn.Module) -> None:
         """Know the parameters that need not be written: as they were given, or in a file already."""
-        self._unchanged = {id(parameter) for parameter in model.parameters()}
+        # Not by their ids: a new parameter may have that of one which a packed layer gave up.
+        self._unchanged = WeakIdKeyDictionary(dict.fromkeys(model.parameters()))
 
     def _file(self, stage: str) -> Path:
         readable = "".join(c if c.isalnum() or c in "._-" else "_" for c in stage)[-80:]
@@ -115,7 +131,7 @@ class Journal:
             tensors[f"{_LAYER}{name}:zero_point"] = quantizer.zero_point.contiguous()
         quantized = {f"{name}.weight" for name in layers}
         for name, parameter in model.named_parameters():
-            if id(parameter) not in self._unchanged and name not in quantized and ".weight_quantizer." not in name:
+            if parameter not in self._unchanged and name not in quantized and ".weight_quantizer." not in name:
                 tensors[f"{_CHANGED}{name}"] = parameter.detach().contiguous()
         rows = [outcome.row() for outcome in outcomes]
         facts = {"stage": stage, "formats": json.dumps(formats), "outcomes": json.dumps(rows)}

@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections import UserDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from ptq import interrupted
 from ptq_models import Llama, built, tokens
+from torch import nn
 
 import lightning_qat as lq
 from lightning_qat.ptq.journal import Journal, fingerprint
@@ -19,6 +22,11 @@ from lightning_qat.ptq.methods import METHODS
 
 SCRIPT = Path(__file__).parent / "interrupted.py"
 PLAN = lq.QuantizationPlan([lq.LayerRule("layers.*", lq.QuantizationConfig("int4", group_size=8))])
+
+
+@dataclass
+class Batch:
+    ids: torch.Tensor
 
 
 def run(*arguments) -> int:
@@ -132,5 +140,27 @@ def test_the_fingerprint_sees_every_part() -> None:
     assert fingerprint(model, batches, plan=PLAN)["calibration"] != known["calibration"]
     batches[2]["flag"] = False
     assert fingerprint(model, batches[:2], plan=PLAN)["calibration"] != known["calibration"]
+    for kind in (UserDict, Batch, lambda ids: {"ids": ids.numpy()}):  # a tokenizer returns the first
+        seen = {fingerprint(model, [kind(ids=torch.zeros(5000) + value)])["calibration"] for value in (0, 0)}
+        ids = torch.zeros(5000)
+        ids[2500] = 1
+        assert len(seen | {fingerprint(model, [kind(ids=ids)])["calibration"]}) == 2
     model.layers[1].q_proj.weight.data[3, 3] = -model.layers[1].q_proj.weight.data[3, 3]
     assert fingerprint(model, [], plan=PLAN)["model"] != known["model"]
+
+
+def test_a_new_parameter_at_the_place_of_one_that_is_gone_is_written(tmp_path: Path) -> None:
+    model = lq.prepare(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), lq.QuantizationConfig("int4", group_size=8))
+    journal = Journal(tmp_path / "journal", {})
+    journal.begin(model)
+    gone, norm = id(model[0]._parameters.pop("weight")), model[1]  # as a packed layer gives it up
+    kept = []
+    while id(norm.weight) != gone:
+        kept.append(norm.weight)
+        norm.weight = nn.Parameter(torch.full((8,), 3.0))
+        if len(kept) > 10_000:
+            pytest.skip("this Python does not use the place again")
+    journal.write("norms", model, [], [])
+    norm.weight = nn.Parameter(torch.zeros(8))
+    assert journal.restore("norms", model) == []
+    assert norm.weight.tolist() == [3.0] * 8
