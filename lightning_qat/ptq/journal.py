@@ -164,9 +164,9 @@ class Journal:
                 owner, _, attribute = name.removeprefix(_CHANGED).rpartition(".")
                 old: Any = modules[owner]._parameters[attribute]
                 modules[owner]._parameters[attribute] = nn.Parameter(tensor.to(old.device), old.requires_grad)
-        for name, fields in json.loads(facts["formats"]).items():
+        for name, told in json.loads(facts["formats"]).items():
             layer: Any = modules[name]
-            _adopt_again(name, layer, fields, tensors)
+            _adopt_again(name, layer, told, tensors)
         self.begin(model)
         rows = json.loads(facts["outcomes"])
         return [LayerOutcome(**{**row, "notes": tuple(row["notes"])}) for row in rows]
@@ -186,10 +186,10 @@ def _delete_files(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _adopt_again(name: str, layer: QATLayer, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _adopt_again(name: str, layer: QATLayer, told: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     device = layer.weight.device
     codes, scale, zero = (tensors[f"{_LAYER}{name}:{end}"].to(device) for end in ("codes", "scale", "zero_point"))
-    adopt(name, layer, ChosenCodes(codes, scale, zero, TensorFormat(**fields), 0.0, 0.0))
+    adopt(name, layer, ChosenCodes(codes, scale, zero, TensorFormat(**told), 0.0, 0.0))
 
 
 def _read_json(path: Path) -> Any:
