@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.nn.attention import INPUT_PROJECTIONS, Projection
+from lightning_qat.ptq.probing import wide_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +96,14 @@ class Source:
         for name, slot in self.slots.items():
             value, offset = slot.value, self.offset if name == "weight" else 0.0
             rows = factor.to(value.device).view(-1, *[1] * (value.dim() - 1))
-            slot.replace((value.float() + offset).mul_(rows).sub_(offset))
+            slot.replace((value.to(wide_dtype(value)) + offset).mul_(rows).sub_(offset))
 
 
 @torch.no_grad()
 def multiply_columns(layer: nn.Module, factor: Tensor) -> None:
     """Multiply the columns of a Linear's weight by ``factor``, ``[in_features]``."""
     slot: Any = slot_of(layer, "weight")
-    slot.replace(slot.value.float() * factor.to(slot.value.device))
+    slot.replace(slot.value.to(wide_dtype(slot.value)) * factor.to(slot.value.device))
 
 
 def has_channels(module: nn.Module) -> bool:

@@ -224,7 +224,9 @@ class _Trial:
         sources, readers = [], []
         for fold in folds:
             tied = fold.tied
-            levels = torch.randint(0, LEVELS, (self._size(fold.layers),), generator=self._generator)
+            # With 1 taken off and few digits kept, a small weight would lose most of its own: it is made larger only.
+            low = LEVELS // 2 if fold.source is not None and fold.source.offset else 0
+            levels = torch.randint(low, LEVELS, (self._size(fold.layers),), generator=self._generator)
             factor = factor_of(levels if tied is None else levels[tied])
             if fold.source is not None:
                 sources.append((fold.source, fold.factor_of_source(factor)))

@@ -240,11 +240,33 @@ def test_a_prepared_model_is_tried_in_float() -> None:
     assert model.q.weight_quantizer.quantizing
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = Attention().to(dtype), randn(2, 9, 16).to(dtype)
     assert sources(folds_of(model, x)) == {"q k v": "norm", "out": "v", "gate up": "norm2", "down": "up"}
+    shifted = Feedforward(F.gelu, ShiftedNorm()).to(dtype)
+    assert folds_of(shifted, x)[("first",)].source.offset == 1.0
+
+
+class ReadBeside(Feedforward):
+    def __init__(self) -> None:
+        super().__init__(F.gelu)
+        self.beside = nn.Conv1d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.second(self.activation(self.first(h))) + self.beside(h.mT).mT
+
+
+@pytest.mark.parametrize("massive", [1.0, 30.0, 300.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_second_reader_is_noticed_beside_massive_activations(dtype: torch.dtype, massive: float) -> None:
+    torch.manual_seed(0)
+    x = randn(2, 9, 16)
+    x[..., 5] += massive  # so large that what the second reader makes is a small share of it
+    (fold, _) = folds_of(ReadBeside().to(dtype), x.to(dtype)).values()
+    assert fold.reason == "'norm', which makes its inputs, is read by others too"
 
 
 class WithAttention(nn.Module):
