@@ -90,6 +90,10 @@ class Recorder(Callback):
         self.record = Record()
         self._recorded = -1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A resumed run has this step behind it; with accumulation its first batches belong to the next one.
+        self._recorded = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

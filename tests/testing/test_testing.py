@@ -50,6 +50,7 @@ def test_a_sound_module_resumes_exactly(tmp_path):
     before = torch.get_rng_state()
     assert_resume_exact(Dropping, stateful, qat, [1, 3, 8, 10], folder=tmp_path)
     assert_resume_exact(Dropping, shuffled, qat, [8, 16], folder=tmp_path, max_epochs=3)
+    assert_resume_exact(Dropping, stateful, qat, [1, 4], folder=tmp_path, accumulate_grad_batches=2)
     assert torch.equal(before, torch.get_rng_state())
     assert list(tmp_path.iterdir()) == []
 
