@@ -171,14 +171,14 @@ class _Trial:
         for source in self._before(group):
             vector = source.slots["weight"].value.dim() == 1
             for tried in (source, replace(source, offset=1.0)) if vector else (source,):
-                channels = self._channels(tried, group, size)
-                if channels is None:
-                    continue
-                fold = Fold(group, tried, channels)
-                if self._holds([fold]):
-                    return fold
-                reason = reason or f"{source.name!r}, which makes its inputs, is read by others too"
-                break
+                told = False
+                for channels in self._channels(tried, group, size):
+                    fold, told = Fold(group, tried, channels), True
+                    if self._holds([fold]):
+                        return fold
+                if told:
+                    reason = reason or f"{source.name!r}, which makes its inputs, is read by others too"
+                    break
         return Fold(group, reason=reason or "no module before it multiplies its inputs one by one")
 
     def _size(self, group: Sequence[str]) -> int:
@@ -192,8 +192,8 @@ class _Trial:
         called = dict.fromkeys(module for module in reversed(self._order[:first]) if module not in own)
         return [self._candidates[module] for module in called if module in self._candidates][:_MOST_TRIED]
 
-    def _channels(self, source: Source, group: Sequence[str], size: int) -> Tensor | None:
-        """Return the channel that makes each input channel of the group, or None."""
+    def _channels(self, source: Source, group: Sequence[str], size: int) -> Iterator[Tensor]:
+        """Yield the channels that may make each input channel of the group; a wrong one may look right by chance."""
         for start, stop in _ranges(source, size):
 
             def probe(levels: Tensor, start: int = start, stop: int = stop) -> Tensor | None:
@@ -203,8 +203,7 @@ class _Trial:
 
             channels = channels_told(stop - start, size, probe)
             if channels is not None:
-                return channels + start
-        return None
+                yield channels + start
 
     def _levels(self, source: Source, factor: Tensor, reader: nn.Module) -> Tensor | None:
         """Return the levels of the inputs of ``reader`` where those of ``source`` are multiplied by ``factor``."""

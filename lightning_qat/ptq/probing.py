@@ -86,7 +86,7 @@ def levels_between(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor 
     if not bool(((levels >= 0) & (levels < LEVELS)).all()):
         return None
     factor = factor_of(levels)
-    tolerance = _INPUT_UNITS * torch.finfo(before[0].dtype).eps * largest * factor
+    tolerance = _INPUT_UNITS * rounding(before[0].dtype) * largest * factor
     if not bool(((new - old * factor).abs() <= tolerance).all()):
         return None
     return torch.where(silent, float(SILENT), levels).long().cpu()
@@ -99,7 +99,7 @@ def agree(actual: Tensor, expected: Tensor, units: int) -> bool:
     """
     if actual.shape != expected.shape:
         return False
-    finite, eps = torch.isfinite(expected), torch.finfo(expected.dtype).eps
+    finite, eps = torch.isfinite(expected), rounding(expected.dtype)
     wide = wide_dtype(expected)
     difference, size = (actual.to(wide) - expected.to(wide)).abs(), expected.to(wide).abs()
     largest = float(size[finite].max()) if bool(finite.any()) else 0.0
@@ -110,6 +110,11 @@ def agree(actual: Tensor, expected: Tensor, units: int) -> bool:
         return False
     off = finite & (difference > _OWN_UNITS * eps * size)
     return not coarse or int(off.sum()) <= _MOST_OFF * off.numel()
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Return the unit in the last place of 1; norms of float64 models may compute in float32 inside."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

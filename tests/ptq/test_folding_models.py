@@ -36,15 +36,17 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("config", "what"), list(EXPECTED))
-def test_sources_of_an_architecture(config: str, what: str) -> None:
+def test_sources_of_an_architecture(config: str, what: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(getattr(transformers, config)(**OPTIONS[config])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms that do something
                 parameter += 0.2 * torch.randn_like(parameter)
-    x = torch.randn(2, 3, 16, 16) if config == "ViTConfig" else torch.randint(3, 50, (2, 12))
+    model = model.to(dtype)
+    x = torch.randn(2, 3, 16, 16, dtype=dtype) if config == "ViTConfig" else torch.randint(3, 50, (2, 12))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
     def run() -> object:
