@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_qat.nn import QATLayer
@@ -78,15 +78,20 @@ def separate_scales(
         optimizers: of any kind with ``param_groups``.
         schedulers: that were made of them; they get a number for each new group.
         lr: of the scales, in place of the one that the group was made with; schedules multiply it as they do that.
+            Of ``OneCycleLR`` and ``CyclicLR``, which set it anew, the highest. LBFGS has one for all parameters.
 
     Returns:
         How many groups were added.
 
     Raises:
-        ValueError: if a scheduler keeps numbers for each group that are not known here.
+        ValueError: if a scheduler keeps numbers for each group that are not known here, or for an ``lr`` with LBFGS.
     """
     scales, added = _scale_ids(model), 0
     optimizers = [optimizer for optimizer in optimizers if optimizer.param_groups]  # Lightning's stand-in for none
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            _leave_whole(optimizer, scales, lr)
+    optimizers = [optimizer for optimizer in optimizers if not isinstance(optimizer, LBFGS)]
     if not scales or not optimizers:
         return 0
     homes = _homes(model, optimizers)
@@ -106,6 +111,18 @@ def separate_scales(
             _add_group(optimizer, index, several, lr, _of(optimizer, schedulers))
             added += 1
     return added
+
+
+def _leave_whole(optimizer: Optimizer, scales: dict[int, nn.Parameter], lr: float | None) -> None:
+    """Take out of ``scales`` those of an LBFGS: it takes its steps in one group, and decays no weight."""
+    held = scales.keys() & {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held and lr is not None:
+        raise ValueError(
+            f"lr={lr} of the learned scales is not possible with LBFGS, which has one learning rate for all "
+            "parameters; leave lr out, or use another optimizer"
+        )
+    for key in held:
+        del scales[key]
 
 
 def _homes(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, int]]:
@@ -144,7 +161,7 @@ def _add_group(
     optimizer: Optimizer, index: int, parameters: list[nn.Parameter], lr: float | None, schedulers: list[Any]
 ) -> None:
     template, before = optimizer.param_groups[index], len(optimizer.param_groups)
-    made_with = template.get("initial_lr", template["lr"])
+    made_with = _made_with(template, index, schedulers)
     factor = 1.0 if lr is None or not float(made_with) else lr / float(made_with)
     group = {key: value for key, value in template.items() if key not in ("params", "param_names", "name")}
     group |= {key: _times(group[key], factor) for key in _GROUP_RATES if key in group}
@@ -164,6 +181,15 @@ def _add_group(
             values = getattr(scheduler, name, None)
             if isinstance(values, list) and len(values) == before:
                 values.append(_times(values[index], factor if name in _RATES else 1.0))
+
+
+def _made_with(group: dict[str, Any], index: int, schedulers: list[Any]) -> Any:
+    """Return the learning rate that says how large the others of a group are.
+
+    ``OneCycleLR`` and ``CyclicLR`` take no notice of the one that the group was made with: theirs is the highest.
+    """
+    highest = [rates[index] for s in schedulers if isinstance(rates := getattr(s, "max_lrs", None), list)]
+    return max([*highest, group.get("max_lr", 0.0)], key=float) or group.get("initial_lr", group["lr"])
 
 
 def _times(value: Any, factor: float) -> Any:

@@ -114,7 +114,7 @@ def test_schedules_go_on_as_if_the_group_had_been_there(name, lr):
     expected = torch.optim.SGD(by_hand, 0.1, momentum=0.9)
     factor = 1.0
     if name in ("one_cycle", "cyclic"):  # they take no notice of the learning rate that a group was made with
-        factor = 1.0 if lr is None else lr / optimizer.param_groups[0]["initial_lr"]
+        factor = 1.0 if lr is None else lr / 0.4
     made = "lambda" if name == "lambdas" else name
     reference = MADE[made](expected)
     for _ in range(8):
@@ -127,6 +127,31 @@ def test_schedules_go_on_as_if_the_group_had_been_there(name, lr):
         reference.step()
     state = scheduler.state_dict()
     scheduler.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "cyclic"])
+def test_a_cycle_takes_scales_up_to_their_own_learning_rate(name):
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    scheduler = MADE[name](optimizer)
+    separate_scales(model, [optimizer], [scheduler], 0.02)
+    seen = []
+    for _ in range(9):
+        seen.append([g["lr"] for g in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert [max(rates) for rates in zip(*seen, strict=True)] == pytest.approx([0.4, 0.02])
+
+
+def test_lbfgs_keeps_scales_in_its_one_group():
+    model = model_of()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    assert separate_scales(model, [optimizer]) == 0
+    assert len(optimizer.param_groups) == 1
+    beside = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    assert separate_scales(model, [beside, optimizer]) == 0
+    with pytest.raises(ValueError, match=r"lr=0.1 of the learned scales is not possible with LBFGS"):
+        separate_scales(model, [optimizer], lr=0.1)
 
 
 def test_plateau_schedulers_go_on():
