@@ -62,6 +62,46 @@ def tokens(batches=4, size=2, length=9):
     return [torch.randint(WORDS, (size, length), generator=generator) for _ in range(batches)]
 
 
+class Experts(nn.Module):
+    """Each row goes to one of four experts; those of one batch of ``some_rows`` to the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 24), nn.ReLU(), nn.Linear(24, WIDTH)) for _ in range(4)
+        )
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        chosen, made = x[:, 0].long() % 4, torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0]
+            if len(rows):
+                made = made.index_add(0, rows, expert(x[rows]))
+        return self.last(x + made)
+
+
+class Mixture(nn.Module):
+    """Two blocks of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Experts() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x[:, :1], layer(x)[:, 1:]], 1)  # all layers choose the same
+        return x
+
+
+def some_rows(experts):
+    generator = torch.Generator().manual_seed(5)
+    batches = [torch.rand(20, WIDTH, generator=generator) for _ in experts]
+    for batch, expert in zip(batches, experts, strict=True):
+        batch[:, 0] = expert
+    return batches
+
+
 class Inverted(nn.Module):
     """Expand, depthwise, project; the input is added where it fits. It changes what it computes in place."""
 

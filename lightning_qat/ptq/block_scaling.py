@@ -16,7 +16,7 @@ from lightning_qat.ptq.awq import AWQOptions, rows_are_independent, search_scale
 from lightning_qat.ptq.folding import Fold, apply_fold, find_folds
 from lightning_qat.ptq.smoothing import SmoothingOptions, search_smoothing
 from lightning_qat.ptq.statistics import InputStatistics
-from lightning_qat.ptq.watch import Run
+from lightning_qat.ptq.watch import Run, of_every_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +86,7 @@ def scale_block(
     *,
     untouchable: frozenset[int] = frozenset(),
     like: Sequence[Fold] = (),
+    across_ranks: bool = False,
 ) -> BlockScaling:
     """Multiply the weights of layers that share an input by the scales of least loss and divide what makes the input.
 
@@ -100,6 +101,7 @@ def scale_block(
         options: of AWQ or of SmoothQuant.
         untouchable: see :func:`lightning_qat.ptq.channels.shared_parameters`.
         like: folds of a block built alike, which spare most of the tries.
+        across_ranks: leave out folds that not every rank has found; each calls this.
     """
     options = options or AWQOptions()
     able = [tuple(group) for group in groups if not _kept_apart(group, layers, statistics)]
@@ -107,6 +109,8 @@ def scale_block(
         fold.layers: fold
         for fold in find_folds(block, layers, able, run, untouchable=untouchable, allowed=_takes_rows, like=like)
     }
+    if across_ranks:
+        folds = _agreed(folds)
     changed = dict(statistics)
     scalings = []
     for group in map(tuple, groups):
@@ -118,6 +122,19 @@ def scale_block(
             changed |= dict.fromkeys(group, divided)
         scalings.append(scaling)
     return BlockScaling(tuple(scalings), changed)
+
+
+def _agreed(folds: dict[tuple[str, ...], Fold]) -> dict[tuple[str, ...], Fold]:
+    """Return the folds with those left out that are others on another rank, whose batch shows something else."""
+    told = {
+        group: None if fold.source is None or fold.channels is None
+        else (fold.source.name, fold.source.offset, fold.channels.tolist())
+        for group, fold in folds.items()
+    }  # fmt: skip
+    ranks = of_every_rank(told)
+    same = {group for group in folds if all(rank.get(group) == told[group] for rank in ranks)}
+    other = "not all ranks find the same module before it"
+    return {group: fold if group in same else Fold(group, reason=other) for group, fold in folds.items()}
 
 
 def _kept_apart(group: Sequence[str], layers: Mapping[str, QATLayer], statistics: Mapping[str, InputStatistics]) -> str:

@@ -225,12 +225,13 @@ class SegmentRunner:
 
     Args:
         segment: whose blocks to run.
-        runs: run each batch through the whole model.
+        runs: run each batch through the whole model; those that never come to the segment are left out.
     """
 
     def __init__(self, segment: Segment, runs: Iterable[Run]) -> None:
         self.segment = segment
-        self._first = [_captured(segment.blocks[0].module, run) for run in runs]
+        captured = (_captured(segment.blocks[0].module, run) for run in runs)
+        self._first = [leaves for leaves in captured if leaves is not None]
         kept = {link.index for links in segment.links[1:] for link in links if link.source == "first"}
         self._outputs: list[dict[int, Any]] = [{} for _ in self._first]
         self._kept = kept
@@ -269,8 +270,8 @@ class SegmentRunner:
         self._at += 1
 
 
-def _captured(module: nn.Module, run: Run) -> list[Any]:
-    """Return the leaves of what ``module`` is called with when ``run`` gets there."""
+def _captured(module: nn.Module, run: Run) -> list[Any] | None:
+    """Return the leaves of what ``module`` is called with when ``run`` gets there; None if it does not."""
     found: list[list[Any]] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -282,9 +283,7 @@ def _captured(module: nn.Module, run: Run) -> list[Any]:
         run_until_reached(run)
     finally:
         handle.remove()
-    if not found:
-        raise ValueError(f"a calibration batch never reaches the {type(module).__name__} that the first batch runs")
-    return found[0]
+    return found[0] if found else None
 
 
 @contextlib.contextmanager

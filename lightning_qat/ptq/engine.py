@@ -28,7 +28,14 @@ from lightning_qat.ptq.methods import METHODS, PTQOptions, choose_codes, reason_
 from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, Stopwatch, most_memory
 from lightning_qat.ptq.statistics import InputStatistics
-from lightning_qat.ptq.watch import Run, SharedInput, find_shared_inputs, gather_statistics
+from lightning_qat.ptq.watch import (
+    Run,
+    SharedInput,
+    agreed,
+    find_shared_inputs,
+    gather_statistics,
+    of_every_rank,
+)
 from lightning_qat.transforms.calibrate import _call
 from lightning_qat.transforms.convert import convert_layers
 from lightning_qat.transforms.fuse import decide_no_folding, watch_folds
@@ -115,28 +122,46 @@ class Engine:
                     f"order='one_pass' is not available with method={self.method!r}, which scales one block after the "
                     "other; use 'blocks' or 'sublayers'"
                 )
+            if self.options.across_ranks:
+                self._check_same_course(course)
             if self.options.order == "one_pass" or not course.segments:
-                self._quantize_at_once(course)
+                self._quantize_at_once()
             else:
                 self._quantize_in_turn(course)
-            self._quantize_unreached(course)
         order = self.options.order if course.segments else "one_pass"
         return PTQReport(self.method, order, tuple(self._outcomes), tuple(self._notes), self._watch.seconds())
 
+    def _check_same_course(self, course: Course) -> None:
+        """Raise ``ValueError`` on all ranks where they would wait for each other in different stages."""
+        stages = [[block.name for block in segment.blocks] for segment in course.segments]
+        if self.options.order == "one_pass" or not any(of_every_rank(bool(stages))):
+            return
+        ranks = of_every_rank((stages, course.outside, course.unreached))
+        if any(rank != ranks[0] for rank in ranks):
+            raise ValueError(
+                "the first calibration batches of the ranks run different layers; give all ranks batches that reach "
+                "the same ones, or use order='one_pass' with a method that scales nothing, such as 'gptq'"
+            )
+
     # --- the order ---------------------------------------------------------------------------------
 
-    def _quantize_at_once(self, course: Course) -> None:
+    def _quantize_at_once(self) -> None:
         """Look at all layers in one pass of the float model."""
-        reached = tuple(name for name in self._layers if name not in course.unreached)
-        self._quantize(_Stage("model", reached, self._runs, False, self.model), 1)
-        self._pack(reached)
+        names = tuple(self._layers)
+        self._quantize(_Stage("model", names, self._runs, False, self.model), 1)
+        self._pack(names)
 
     def _quantize_in_turn(self, course: Course) -> None:
-        stages = sum(len(segment.blocks) for segment in course.segments) + sum(map(bool, course.outside))
+        stages = sum(len(segment.blocks) for segment in course.segments)
+        stages += sum(map(bool, (*course.outside, course.unreached)))
         for segment, before in zip(course.segments, course.outside, strict=False):
             self._quantize_outside(before, segment.blocks[0].name, stages)
             self._quantize_segment(segment, stages)
         self._quantize_outside(course.outside[-1], None, stages)
+        if course.unreached:  # by the first batch, which is all that was watched
+            late = _Stage("what the first batch did not reach", course.unreached, self._runs, False, None)
+            self._quantize(late, stages)
+            self._pack(course.unreached)
 
     def _quantize_outside(self, names: tuple[str, ...], until: str | None, stages: int) -> None:
         if not names:
@@ -159,12 +184,6 @@ class Engine:
                 runner.advance()
             self._pack(block.layers)
 
-    def _quantize_unreached(self, course: Course) -> None:
-        for name in course.unreached:
-            note = "no calibration batch reached it"
-            self._settle(name, nearest_codes(self._layers[name]), "rtn", Stopwatch(), (note,))
-        self._pack(course.unreached)
-
     # --- one stage ---------------------------------------------------------------------------------
 
     def _quantize(self, stage: _Stage, stages: int) -> None:
@@ -177,9 +196,10 @@ class Engine:
             return
         before = len(self._outcomes)
         layers = {name: self._layers[name] for name in stage.layers}
-        shared = find_shared_inputs(
-            {n: m for n, m in layers.items() if not self._why_nearest(n)}, next(iter(stage.runs()))
-        )
+        runs = iter(stage.runs())
+        shared = find_shared_inputs({n: m for n, m in layers.items() if not self._why_nearest(n)}, next(runs), runs)
+        if self.options.across_ranks:
+            shared = agreed(shared)
         self._choose_all(stage, shared)
         for name in stage.layers:  # the block was reached, and the layer in it was not
             if not any(outcome.name == name for outcome in self._outcomes[before:]):
@@ -221,6 +241,7 @@ class Engine:
             scaling(self.options),
             untouchable=self._untouchable,
             like=self._like,
+            across_ranks=self.options.across_ranks,
         )
         self._like = found.folds
         return found

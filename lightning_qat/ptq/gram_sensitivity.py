@@ -72,7 +72,7 @@ def gram_sensitivity(
     run = forward or _call
     runs = [partial(run, replica, batch) for batch in kept]
     with float_forward(replica), as_calibrated(replica), torch.compiler.set_stance("force_eager"):
-        shared = find_shared_inputs(layers, runs[0])
+        shared = find_shared_inputs(layers, runs[0], runs[1:])
         seen = gather_statistics(layers, shared, lambda: runs, across_ranks=options.across_ranks)
     missing = [name for name in layers if name not in seen]
     if missing:

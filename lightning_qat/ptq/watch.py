@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
@@ -17,6 +16,8 @@ from lightning_qat.ptq.statistics import InputStatistics, StatisticsSum, input_g
 
 #: Runs one batch through a part of a model.
 Run = Callable[[], object]
+
+ValueT = TypeVar("ValueT")
 
 
 class Reached(Exception):  # noqa: N818 - it is no error
@@ -87,11 +88,34 @@ def run_until_reached(run: Run) -> None:
         run()
 
 
-def find_shared_inputs(layers: Mapping[str, nn.Module], run: Run) -> list[SharedInput]:
+def find_shared_inputs(layers: Mapping[str, nn.Module], run: Run, others: Iterable[Run] = ()) -> list[SharedInput]:
     """Return which of ``layers`` share their inputs in one forward, in the order of their first calls.
 
-    Layers that are not called are in none.
+    Args:
+        layers: by name.
+        run: runs the first batch.
+        others: run further ones, as long as there are layers that none has called: an expert gets few of the tokens.
+
+    Returns:
+        Layers that are never called are in none.
     """
+    found = _shared_in_one(layers, run)
+    for other in others:
+        known = {name for each in found for name in each.layers}
+        if len(known) == len(layers):
+            break
+        place = 0
+        for each in _shared_in_one(layers, other):  # each goes behind what this batch calls before it
+            late = tuple(name for name in each.layers if name not in known)
+            if late:
+                found.insert(place, SharedInput(late, each.calls))
+                place += 1
+            else:
+                place = next(i for i, old in enumerate(found) if each.layers[0] in old.layers) + 1
+    return found
+
+
+def _shared_in_one(layers: Mapping[str, nn.Module], run: Run) -> list[SharedInput]:
     tokens = _Tokens()
     calls: dict[str, list[tuple[int, int]]] = {}
 
@@ -147,7 +171,7 @@ def gather_statistics(
                     watch.end()
             except _SharingBroken as error:
                 broken = error
-        if across_ranks and _any_rank(broken is not None):
+        if across_ranks and any(of_every_rank(broken is not None)):
             broken = broken or _SharingBroken()
             sharing = _all_alone(sharing)
         elif broken is not None:
@@ -165,10 +189,23 @@ def gather_statistics(
     return found
 
 
-def _any_rank(value: bool) -> bool:
-    flag = torch.tensor([float(value)])
-    dist.all_reduce(flag)
-    return bool(flag)
+def of_every_rank(value: ValueT) -> list[ValueT]:
+    """Return what each rank of ``torch.distributed`` says; every rank calls this."""
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, value)
+    return said
+
+
+def agreed(sharing: list[SharedInput]) -> list[SharedInput]:
+    """Return what holds on all ranks: each layer alone where they saw different ones, as their batches may reach."""
+    ranks = of_every_rank(sharing)
+    if all(rank == ranks[0] for rank in ranks):
+        return sharing
+    calls: dict[str, int] = {}
+    for each in (each for rank in ranks for each in rank):
+        for name in each.layers:
+            calls[name] = max(calls.get(name, 0), each.calls)
+    return [SharedInput((name,), count) for name, count in calls.items()]
 
 
 def _apart(sharing: list[SharedInput], name: str) -> list[SharedInput]:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptq_models import MODELS, EncoderDecoder, Llama, MobileNet, built, images, pairs, tokens
+from ptq_models import (
+    MODELS,
+    EncoderDecoder,
+    Experts,
+    Llama,
+    Mixture,
+    MobileNet,
+    built,
+    images,
+    pairs,
+    some_rows,
+    tokens,
+)
 from tensors import randn
 from torch import nn
 
@@ -138,6 +150,23 @@ def test_what_no_batch_reaches_is_rounded_to_nearest() -> None:
     plan = lq.QuantizationPlan([lq.LayerRule("*coder.*", W4)])
     made = lq.quantize_model(built(EncoderDecoder), plan, pairs(), "gptq")
     assert lq.ptq_report(made).layer("encoder.0.b").notes == ("no calibration batch reached it",)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", [Experts, Mixture])
+def test_an_expert_that_only_a_later_batch_reaches_is_not_left_out(kind, order) -> None:
+    model, batches = built(kind), some_rows([1, 0, 0, 3])
+    made = lq.quantize_model(model, W4, batches, "gptq", options=PTQOptions(order=order))
+    report = lq.ptq_report(made)
+    assert {layer.name for layer in report.layers} == {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for layer in report.layers:
+        reached = "experts.2." not in layer.name
+        assert layer.method == ("gptq" if reached else "rtn"), layer
+        assert reached or layer.notes == ("no calibration batch reached it",)
+    first = report.layer("experts.3.0" if kind is Experts else "layers.0.experts.3.0")
+    weight = model.get_submodule(first.name).weight.detach()
+    gram = batches[3].T @ batches[3]
+    assert first.loss == pytest.approx(choose_gptq(weight, gram, weight_format(W4, weight.shape)).loss, rel=1e-3)
 
 
 def test_nan_is_named_with_its_layer() -> None:

@@ -43,6 +43,14 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     assert abs(alone[0]["nearest_loss"] / whole[0]["nearest_loss"] - 1) > 0.2  # half of the data is another sum
     for name in (name for name in expected if name.endswith("input_scale")):
         assert torch.equal(first[name], second[name])
+    # Experts that only one of the ranks comes to are known to both.
+    (first, report), (second, other) = (torch.load(tmp_path / f"{rank}.experts.pt") for rank in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert {row["name"]: row["method"] for row in report} == {row["name"]: row["method"] for row in other}
+    assert sorted(row["name"] for row in report if row["method"] == "rtn") == [
+        f"layers.{block}.experts.3.{part}" for block in (0, 1) for part in (0, 2)
+    ]
 
 
 def test_a_journal_is_of_one_process(tmp_path: Path) -> None:

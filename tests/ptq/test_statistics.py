@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -166,6 +168,32 @@ def test_sharing_is_confirmed_on_every_batch() -> None:
     assert found["k"] is not found["q"]
     torch.testing.assert_close(found["k"].gram, 2 * x.T @ x)
     torch.testing.assert_close(found["q"].gram, 2 * x.T @ x)
+
+
+def test_further_batches_are_run_while_layers_are_missing() -> None:
+    model, x, runs = Attention(), randn(5, 4), []
+    layers = dict(model.named_children())
+
+    def run(*called):
+        runs.append(called)
+        for name in called:
+            layers[name](x)
+
+    batches = [("o",), ("q", "k", "o"), ("v", "k"), ("q",)]
+    first, *others = (partial(run, *called) for called in batches)
+    shared = find_shared_inputs(layers, first, others)
+    assert len(runs) == 3
+    assert sorted(name for each in shared for name in each.layers) == ["k", "o", "q", "v"]
+    found = gather_statistics(layers, shared, lambda: [partial(run, *called) for called in batches])
+    for name, count in (("o", 2), ("q", 2), ("k", 2), ("v", 1)):
+        torch.testing.assert_close(found[name].gram, count * x.T @ x)
+
+    def chain(*called):
+        for name in called:
+            layers[name](randn(2, 4))
+
+    shared = find_shared_inputs(layers, partial(chain, "k", "o"), [partial(chain, "q", "k", "v", "o")])
+    assert [each.layers for each in shared] == [("q",), ("k",), ("v",), ("o",)]
 
 
 def test_a_forward_ends_where_all_is_seen() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ptq_models import Llama, built, tokens
+from ptq_models import Llama, Mixture, built, some_rows, tokens
 
 import lightning_qat as lq
 
@@ -20,8 +20,16 @@ def quantized(batches, *, across_ranks):
     return made.state_dict(), lq.ptq_report(made).rows()
 
 
+def experts(batches, *, across_ranks):
+    config, options = lq.QuantizationConfig("int4", group_size=8), lq.PTQOptions(across_ranks=across_ranks)
+    made = lq.quantize_model(built(Mixture), config, batches, "awq+gptq", options=options)
+    return made.state_dict(), lq.ptq_report(made).rows()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     torch.save(quantized(tokens()[rank::2], across_ranks=True), f"{sys.argv[1]}/{rank}.pt")
+    made = experts(some_rows([[0, 1], [2, 1]][rank]), across_ranks=True)
+    torch.save(made, f"{sys.argv[1]}/{rank}.experts.pt")
