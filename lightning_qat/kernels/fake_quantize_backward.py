@@ -73,15 +73,15 @@ def _store_partial(
     if PARAMETER == 0:
         tl.store(pointer + part, tl.sum(sums))
     elif PARAMETER == 1:
-        row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tl.cast(row_tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         index = row * parts + part
         if REPEATED:
             index = (row % channels) * parts + (row // channels) * (parts // (rows // channels)) + part
         tl.store(pointer + index, tl.sum(sums, axis=1), mask=inside)
     else:
-        column = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(pointer + part.to(tl.int64) * channels + column, tl.sum(sums, axis=0), mask=column < columns)
+        column = tl.cast(column_tile, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(pointer + tl.cast(part, tl.int64) * channels + column, tl.sum(sums, axis=0), mask=column < columns)
 
 
 @triton.jit

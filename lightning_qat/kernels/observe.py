@@ -75,12 +75,12 @@ def observe_kernel(
     tl.store(out_ptr + base + offsets, (codes * step).to(out_ptr.dtype.element_ty), mask=mask)
     if PARAMETER == 2:
         low, high = _extremes(value, mask, 0)
-        column = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        at = row_tile.to(tl.int64) * columns + column
+        column = tl.cast(column_tile, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        at = tl.cast(row_tile, tl.int64) * columns + column
         inside = column < columns
     else:
         low, high = _extremes(value, mask, 1)
-        row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tl.cast(row_tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         at = row * column_tiles + column_tile
         inside = row < rows
     tl.store(low_ptr + at, low, mask=inside)

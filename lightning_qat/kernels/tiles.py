@@ -153,15 +153,16 @@ def locate(
     COLUMNS: tl.constexpr,
 ):
     """Return where a tile begins (64 bits), its elements from there on, and which of them exist."""
-    row, column = row_tile.to(tl.int64) * ROWS, column_tile.to(tl.int64) * COLUMNS
+    row, column = tl.cast(row_tile, tl.int64) * ROWS, tl.cast(column_tile, tl.int64) * COLUMNS
     c = tl.arange(0, COLUMNS)[None, :]
     mask = c < tl.minimum(columns - column, COLUMNS).to(tl.int32)
-    if ROWS == 1:
-        return row * columns + column, c, mask
-    r = tl.arange(0, ROWS)[:, None]
-    if PARAMETER == 2:
-        r = r.to(tl.int64)  # the rows of other tiles that have several are short
-    return row * columns + column, r * columns + c, (r < tl.minimum(rows - row, ROWS).to(tl.int32)) & mask
+    offsets = c
+    if ROWS != 1:
+        r = tl.arange(0, ROWS)[:, None]
+        mask = (r < tl.minimum(rows - row, ROWS).to(tl.int32)) & mask
+        # The rows of other tiles that have several are short.
+        offsets = (r.to(tl.int64) if PARAMETER == 2 else r) * columns + c
+    return row * columns + column, offsets, mask
 
 
 @triton.jit
@@ -182,12 +183,12 @@ def load_parameter(
     if PARAMETER == 0:
         value = tl.load(pointer)
     elif PARAMETER == 1:
-        index = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        index = tl.cast(row_tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = index < rows
         if REPEATED:
             index = index % channels
         value = tl.load(pointer + index, mask=inside, other=other)[:, None]
     else:
-        index = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        index = tl.cast(column_tile, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         value = tl.load(pointer + index, mask=index < columns, other=other)[None, :]
     return value.to(tl.float32)

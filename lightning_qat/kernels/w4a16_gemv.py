@@ -105,7 +105,7 @@ def add_parts_kernel(parts_ptr, bias_ptr, out_ptr, size, N, parts, BIAS: tl.cons
     exists = offsets < size
     value = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
-        value += tl.load(parts_ptr + part * size.to(tl.int64) + offsets, mask=exists, other=0.0)
+        value += tl.load(parts_ptr + part * tl.cast(size, tl.int64) + offsets, mask=exists, other=0.0)
     if BIAS:
         value += tl.load(bias_ptr + offsets % N, mask=exists, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=exists)
