@@ -114,9 +114,9 @@ class LearnedScales(QuantizationCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._begin(trainer, pl_module)
+        self._begin_learning(trainer, pl_module)
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _begin_learning(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let all weights' scales begin at once when quantization starts: ranks may run different layers."""
         if all(q.learned is None or q.learned.ready for q, _ in self._scales if not isinstance(q, ActivationQuantizer)):
             return
