@@ -44,11 +44,12 @@ def codebook_quantize_cuda(
         return reference_quantize(x, absmax, name, block_size, rule)
     from lightning_qat.kernels.codebook import launch_codebook_quantize
 
-    return launch_codebook_quantize(
+    codes, scales = launch_codebook_quantize(
         x, absmax, _search(name, rule, x.device), bits=CODEBOOK_BITS[name], block_size=block_size,
         nan_code=nan_code(name, rule), zero_code=zero_code(name), least_absmax=least_absmax(name, rule),
         divide_last_block=divides_last_block(name, rule),
     )  # fmt: skip
+    return codes, scales if absmax is None else scales.clone()  # an op's results are memory of their own
 
 
 def codebook_dequantize_cuda(
