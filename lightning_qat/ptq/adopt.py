@@ -13,6 +13,9 @@ from lightning_qat.ptq.methods import LayerProblem
 from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.schemes import get_scheme
 
+#: Share of the codes of a weight that may become their neighbours because the dtype of the weight has few digits.
+_MOST_MOVED = 0.01
+
 
 def given_grid(layer: QATLayer) -> tuple[Tensor | None, Tensor | None]:
     """Return the scale and zero point that QAT has learned or frozen, or two times None."""
@@ -40,10 +43,14 @@ def nearest_codes(layer: QATLayer) -> ChosenCodes:
 
 
 @torch.no_grad()
-def adopt(name: str, layer: QATLayer, chosen: ChosenCodes) -> None:
+def adopt(name: str, layer: QATLayer, chosen: ChosenCodes) -> int:
     """Let the weight of a layer be what ``chosen`` stands for, on that grid: conversion then makes these codes again.
 
-    The weight becomes a new parameter; whoever shares the old one keeps it.
+    The weight becomes a new parameter; whoever shares the old one keeps it. A few codes of 8 bits have values that
+    bfloat16 does not tell from their neighbours': they become these.
+
+    Returns:
+        How many codes are others than those chosen.
 
     Raises:
         ValueError: the codes are of another format, or their values do not come back as these codes.
@@ -55,20 +62,25 @@ def adopt(name: str, layer: QATLayer, chosen: ChosenCodes) -> None:
     before = weight_now(layer)
     scheme = get_scheme(fmt.scheme)
     scale, zero_point = quantizer.fix(chosen.scale, chosen.zero_point)
-    codes = chosen.codes.reshape(before.shape)
     effective = scheme.effective_scale(scale, fmt)
-    values = scheme.dequantize(codes, effective, zero_point, fmt, before.dtype)
-    again = scheme.quantize(values, scale, zero_point, fmt)
-    if not torch.equal(again, codes.to(again.dtype)):
-        # Two codes of one value (0 and -0 of fp4, say) are as good as each other.
-        same = scheme.dequantize(again, effective, zero_point, fmt, before.dtype)
-        if not torch.equal(same, values):
-            wrong = int((same != values).sum())
+
+    def values_of(codes: Tensor) -> Tensor:
+        return scheme.dequantize(codes, effective, zero_point, fmt, before.dtype)
+
+    codes = chosen.codes.reshape(before.shape)
+    values = values_of(codes)
+    # Two codes of one value (0 and -0 of fp4, say) are as good as each other: values are compared.
+    again = values_of(scheme.quantize(values, scale, zero_point, fmt))
+    moved = int((again != values).sum())
+    if moved:
+        wrong = int((values_of(scheme.quantize(again, scale, zero_point, fmt)) != again).sum())
+        if wrong or moved > _MOST_MOVED * codes.numel():
             raise ValueError(
-                f"{wrong} of {codes.numel()} codes of layer {name!r} do not come back from their values in "
+                f"{moved} of {codes.numel()} codes of layer {name!r} do not come back from their values in "
                 f"{before.dtype}; quantize the model in float32, or use fewer bits"
             )
-    set_weight(layer, values)
+    set_weight(layer, again)
+    return moved
 
 
 @torch.no_grad()

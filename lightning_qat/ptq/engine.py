@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.nn import QATLayer, QATMultiheadAttention
+from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.ptq.adopt import adopt, nearest_codes, own_packed_weights, problem_of
 from lightning_qat.ptq.block_scaling import BlockScaling, scale_block
 from lightning_qat.ptq.blocks import Course, Segment, SegmentRunner, find_blocks, stopping_at, watch_course
@@ -269,7 +270,10 @@ class Engine:
         self, name: str, chosen: ChosenCodes, method: str, watch: Stopwatch, notes: tuple[str, ...] = ()
     ) -> None:
         layer = self._layers[name]
-        adopt(name, layer, chosen)
+        moved = adopt(name, layer, chosen)
+        if moved:
+            dtype = str(weight_now(layer).dtype).removeprefix("torch.")
+            notes = (*notes, f"{moved} codes became their neighbours, of which {dtype} does not tell them")
         known = chosen.loss == chosen.loss
         outcome = LayerOutcome(
             name,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
@@ -73,6 +73,7 @@ def quantize_model(
         A model of the same class, converted and in evaluation mode unless ``convert=False``.
 
     Raises:
+        TypeError: ``calibration`` is a batch instead of a list of them, or ``options`` is another thing.
         ValueError: the method is unknown, calibration is missing, or the config does not fit the model.
         ParityError: with ``verify``, if the result is not what was fake-quantized.
     """
@@ -90,6 +91,10 @@ def quantize_model(
     if calibration is None and (verify or METHODS[chosen].needs_statistics):
         what = f"method={chosen!r}" if METHODS[chosen].needs_statistics else "verify=True"
         raise ValueError(f"{what} needs calibration batches to {_purpose(chosen)}; give calibration=[...]")
+    if isinstance(calibration, (Tensor, Mapping)):
+        raise TypeError(f"calibration is one {type(calibration).__name__}; give the batches in a list: [calibration]")
+    if options is not None and not isinstance(options, PTQOptions):
+        raise TypeError(f"options={options!r} is not allowed; use PTQOptions, such as PTQOptions(gptq=GPTQOptions())")
     tasks = preflight(original, plan, chosen)
     (observer := observer or PTQObserver()).started(tasks)
     check_tasks(tasks)
@@ -98,7 +103,7 @@ def quantize_model(
         nearest = _nearest(replica, calibration, forward, observer, verify=verify, convert=convert)
         own_parameters(nearest, original)
         return nearest
-    batches = list(calibration or ())
+    batches = [] if calibration is None else list(calibration)
     if not batches:
         raise ValueError(f"method={chosen!r} got no calibration batch; give at least one")
     options = options or PTQOptions()

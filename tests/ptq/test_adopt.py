@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import lightning_qat as lq
+from lightning_qat.ptq.adopt import adopt
+from lightning_qat.ptq.chosen import ChosenCodes
 
 
 class Skips(nn.Module):
@@ -30,3 +32,28 @@ def test_weights_of_layers_that_no_batch_reaches_are_not_the_users(method):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert result.attention.q_proj.weight_format.bits == 8
     assert result.rnn.ih_l0.weight_format.bits == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("convert", [True, False])
+def test_codes_of_which_the_dtype_does_not_tell_the_values(dtype, convert):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64)).to(dtype), torch.randn(100, 64).to(dtype)
+    model[0].weight.data += 0.3
+    config = lq.QuantizationConfig("int8", symmetric=False, per_channel=True)
+    made = lq.quantize_model(model, config, [x], "gptq", convert=convert)
+    (outcome,) = lq.ptq_report(made).layers
+    assert bool(outcome.notes) == (dtype == torch.bfloat16)
+    if not convert:
+        layer = made[0]
+        assert torch.equal(layer.quantized_weight(), layer.weight)
+        return
+    assert lq.sqnr(model.double()(x.double()), made(x).double()) > 45
+
+
+def test_codes_that_do_not_come_back_are_told():
+    layer = lq.prepare(nn.Linear(64, 8).to(torch.bfloat16), lq.QuantizationConfig("int4"))
+    codes = torch.full((8, 64), 20, dtype=torch.int8)  # no code of 4 bits
+    chosen = ChosenCodes(codes, torch.tensor(0.1), None, layer.weight_quantizer.format, 0.0, 0.0)
+    with pytest.raises(ValueError, match="codes of layer 'fc' do not come back from their values in torch.bfloat16"):
+        adopt("fc", layer, chosen)

@@ -19,6 +19,7 @@ from ptq_models import (
 )
 from tensors import randn
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_qat as lq
 from lightning_qat.nn import QuantizedLayer
@@ -291,10 +292,25 @@ def test_what_is_missing_is_told() -> None:
         lq.quantize_model(model, W4, method="gptq")
     with pytest.raises(ValueError, match="method='gptq' got no calibration batch"):
         lq.quantize_model(model, W4, [], method="gptq")
+    for batch in (randn(4, 8), {"input": randn(4, 8)}):
+        for method in ("rtn", "gptq"):
+            with pytest.raises(TypeError, match="calibration is one .* give the batches"):
+                lq.quantize_model(model, W4, batch, method)
+    with pytest.raises(TypeError, match=r"use PTQOptions, such as PTQOptions\(gptq=GPTQOptions"):
+        lq.quantize_model(model, W4, [randn(4, 8)], "gptq", options=lq.GPTQOptions())
     with pytest.raises(ValueError, match="is converted already"):
         lq.quantize_model(lq.quantize_model(model, W4), W4)
     with pytest.raises(ValueError, match="order='turn' is not known"):
         PTQOptions(order="turn")
+
+
+def test_a_loader_of_unknown_length() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(randn(6, 8))
+
+    made = lq.quantize_model(nn.Sequential(nn.Linear(8, 8)), W4, DataLoader(Stream(), batch_size=3), "gptq")
+    assert lq.ptq_report(made).layers[0].method == "gptq"
 
 
 def test_the_method_follows_from_the_config() -> None:
