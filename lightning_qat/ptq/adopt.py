@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_qat.nn import QATLayer, QATMultiheadAttention
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.recurrent import RecurrentWeight
+from lightning_qat.ptq.channels import computes_weight
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.methods import LayerProblem
 from lightning_qat.ptq.statistics import InputStatistics
@@ -47,7 +48,8 @@ def adopt(name: str, layer: QATLayer, chosen: ChosenCodes) -> int:
     """Let the weight of a layer be what ``chosen`` stands for, on that grid: conversion then makes these codes again.
 
     The weight becomes a new parameter; whoever shares the old one keeps it. A few codes of 8 bits have values that
-    bfloat16 does not tell from their neighbours': they become these.
+    bfloat16 does not tell from their neighbours': they become these. A weight that is computed stays as it is, for what
+    makes it (a mask of zeros, say) goes on to hold: its codes are the nearest ones anyway.
 
     Returns:
         How many codes are others than those chosen.
@@ -59,6 +61,8 @@ def adopt(name: str, layer: QATLayer, chosen: ChosenCodes) -> int:
     fmt = quantizer.format
     if chosen.format != fmt:
         raise ValueError(f"layer {name!r} has {fmt}, and codes were chosen for {chosen.format}")
+    if computes_weight(layer):
+        return 0
     before = weight_now(layer)
     scheme = get_scheme(fmt.scheme)
     scale, zero_point = quantizer.fix(chosen.scale, chosen.zero_point)

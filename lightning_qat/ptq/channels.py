@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.nn.attention import INPUT_PROJECTIONS, Projection
+from lightning_qat.nn.recurrent import RecurrentWeight
 from lightning_qat.ptq.probing import wide_dtype
 
 
@@ -63,6 +64,13 @@ def slot_of(module: nn.Module, name: str) -> Slot | None:
         if name == "weight" and attention._parameters.get("in_proj_weight") is None:
             slot = Slot(attention, f"{INPUT_PROJECTIONS[module.part]}_weight")
     return slot if slot is not None and slot.owner._parameters.get(slot.name) is not None else None
+
+
+def computes_weight(layer: nn.Module) -> bool:
+    """Return whether the weight of ``layer`` is no parameter: pruned, normed or parametrized."""
+    if isinstance(layer, RecurrentWeight):
+        return layer.owner._parameters.get(layer.parameter) is None
+    return slot_of(layer, "weight") is None
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_qat.config import QuantizationPlan, QuantizationScheme
 from lightning_qat.nn.recurrent import RecurrentWeight
 from lightning_qat.ptq.awq import AWQOptions
+from lightning_qat.ptq.channels import computes_weight
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.clipping import ClippingOptions, choose_clipped
 from lightning_qat.ptq.column_grid import check_target
@@ -140,6 +141,8 @@ def reason_for_nearest(layer: nn.Module, fmt: TensorFormat, method: str) -> str:
         kind = "an embedding looks rows up" if isinstance(layer, nn.Embedding) else "a transposed convolution"
         kind = "a recurrent layer reads it" if isinstance(layer, RecurrentWeight) else kind
         return f"{kind}: there is no Gram matrix of its inputs"
+    if computes_weight(layer):
+        return "its weight is computed (pruned, normed or parametrized); make it a parameter to have codes chosen"
     groups = geometry[0]
     if groups > _MOST_GROUPS and not METHODS[method].solves_many:
         return f"{groups} groups of channels: each has few weights and a Gram matrix of its own"

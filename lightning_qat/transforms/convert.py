@@ -158,6 +158,8 @@ def _strip_reparametrization(layer: nn.Module) -> None:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(layer, hook.name)
         elif isinstance(hook, prune.BasePruningMethod):
+            name = f"{hook._tensor_name}_orig"  # which is written to, and may be another model's
+            layer._parameters[name] = nn.Parameter(getattr(layer, name).detach().clone(), requires_grad=False)
             prune.remove(layer, hook._tensor_name)
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 import lightning_qat as lq
 from lightning_qat.ptq.adopt import adopt
@@ -57,3 +58,38 @@ def test_codes_that_do_not_come_back_are_told():
     chosen = ChosenCodes(codes, torch.tensor(0.1), None, layer.weight_quantizer.format, 0.0, 0.0)
     with pytest.raises(ValueError, match="codes of layer 'fc' do not come back from their values in torch.bfloat16"):
         adopt("fc", layer, chosen)
+
+
+MAKES = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "weight norm": parametrizations.weight_norm,
+    "older weight norm": weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "clip"])
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_weight_that_is_computed_is_rounded_to_nearest(make, method, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(50, 16)
+    MAKES[make](model[1])
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    config = lq.QuantizationConfig("int4", group_size=8)
+    made = lq.quantize_model(model, config, [x], method, journal=tmp_path / "journal")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    nearest = lq.quantize_model(model, config)
+    assert torch.equal(made[1].codes, nearest[1].codes)
+    assert not torch.equal(made[3].codes, nearest[3].codes)
+    outcome = lq.ptq_report(made).layer("1")
+    assert (outcome.method, outcome.loss) == ("rtn", None)
+    assert outcome.notes[0].startswith("its weight is computed (pruned")
+    assert [task.method for task in lq.preflight(model, config, method) if task.name == "1"] == ["rtn"]
+    again = lq.quantize_model(model, config, [x], method, journal=tmp_path / "journal")
+    assert torch.equal(made(x), again(x))
+    if make == "pruned":
+        assert (made[1].weight == 0).float().mean() >= 0.5
+        trains_on = lq.quantize_model(model, config, [x], method, convert=False)
+        assert prune.is_pruned(trains_on[1])
