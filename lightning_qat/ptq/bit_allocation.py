@@ -124,20 +124,36 @@ def allocate_bits(sensitivities: Sequence[LayerSensitivity], bits_per_weight: fl
         sensitivities: of :func:`measure_sensitivity`.
         bits_per_weight: most bits that a weight may take on the average of all layers; scales are not counted.
 
+    Bits at which a layer's loss is NaN or infinite are not chosen.
+
     Raises:
-        ValueError: if even the fewest bits are too many.
+        ValueError: if even the fewest bits are too many, or a layer has a finite loss at none.
     """
+    losses = [_finite_losses(layer) for layer in sensitivities]
     weights = sum(layer.weights for layer in sensitivities)
-    least = sum(layer.weights * min(layer.loss) for layer in sensitivities)
+    least = sum(layer.weights * min(loss) for layer, loss in zip(sensitivities, losses, strict=True))
     budget = math.floor(bits_per_weight * weights + 1e-6)
     if least > budget:
         raise ValueError(
             f"bits_per_weight={bits_per_weight} is too few: the fewest that were measured take "
             f"{least / max(weights, 1):.3f}; measure fewer bits, or raise the budget"
         )
-    options = [[(layer.weights * b, loss, b) for b, loss in layer.loss.items()] for layer in sensitivities]
+    options = [
+        [(layer.weights * b, loss, b) for b, loss in found.items()]
+        for layer, found in zip(sensitivities, losses, strict=True)
+    ]
     chosen = choose_one_each([[(size, loss) for size, loss, _ in row] for row in options], budget)
     return {layer.name: row[i][2] for layer, row, i in zip(sensitivities, options, chosen, strict=True)}
+
+
+def _finite_losses(layer: LayerSensitivity) -> dict[int, float]:
+    found = {bits: loss for bits, loss in layer.loss.items() if math.isfinite(loss)}
+    if not found:
+        raise ValueError(
+            f"the loss of layer {layer.name!r} is not finite at any of {sorted(layer.loss)} bits; look for NaN in the "
+            "model or the batches, or leave the layer out of the plan"
+        )
+    return found
 
 
 def mixed_plan(sensitivities: Sequence[LayerSensitivity], bits_per_weight: float) -> QuantizationPlan:

@@ -31,7 +31,8 @@ def choose_one_each(items: Sequence[Sequence[Option]], budget: int) -> list[int]
     for i in range(len(items) - 1, -1, -1):
         rest[i] = rest[i + 1] + min(cost + price * size for size, cost in items[i])
     known = _cost_of_some_choice(items, budget, price)
-    slack = 1e-12 * (abs(known) + 1e-300)
+    # What the terms of the bound, far larger than their difference at times, may be rounded by.
+    slack = 1e-12 * (abs(known) + abs(rest[0]) + price * budget + 1e-300)
     states: list[tuple[int, float, tuple[int, int] | None, int]] = [(0, 0.0, None, -1)]
     history: list[list[tuple[int, int]]] = []
     for i, options in enumerate(items):

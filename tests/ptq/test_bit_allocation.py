@@ -79,6 +79,18 @@ def test_a_budget_that_is_met_exactly_and_one_that_is_too_small() -> None:
         measure_sensitivity(network(), [randn(1, 1, 8, 8)], "nf4")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bits_without_a_finite_loss_are_not_chosen(bad: float) -> None:
+    config = lq.QuantizationConfig("int8", per_channel=True)
+    layers = [LayerSensitivity("a", 10, {2: bad, 4: 0.1}, config), LayerSensitivity("b", 10, {2: 0.5, 8: bad}, config)]
+    assert allocate_bits(layers, 6) == {"a": 4, "b": 2}
+    with pytest.raises(ValueError, match=r"bits_per_weight=2.5 is too few: .* take 3.000"):
+        allocate_bits(layers, 2.5)
+    layers.append(LayerSensitivity("c", 10, {2: bad, 4: bad}, config))
+    with pytest.raises(ValueError, match=r"the loss of layer 'c' is not finite at any of \[2, 4\] bits"):
+        allocate_bits(layers, 6)
+
+
 def test_the_file_is_the_plan(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a[0]": nn.Linear(8, 4)})
     found = measure_sensitivity(model, [randn(4, 8)], "int8", bits=(2, 4), forward=lambda m, x: m["a[0]"](x))

@@ -27,6 +27,15 @@ def test_no_other_choice_is_better(items, extra) -> None:
     assert cost <= best * (1 + 1e-9) + 1e-12
 
 
+def test_bounds_much_larger_than_what_they_differ_by() -> None:
+    items = [
+        [(2999949, 0.0), (3999932, 0.0), (4999915, 2.0), (15999728, 2.0), (1999966, 1.0)],
+        [(48, 0.0), (18, 2.0), (6, 2.0)],
+        [(1999966, 8.187485918566552e-09), (5999898, 6.2e-06), (15999728, 5.9e-05), (3999932, 6.1e-07)],
+    ]
+    assert choose_one_each(items, 3999938) == [4, 2, 0]
+
+
 def test_two_hundred_layers_are_solved_at_once() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(10_000, 3_000_000, (200,), generator=generator).tolist()
