@@ -151,15 +151,16 @@ class _Harness:
             module = self.make_module()
         with seeded(self.seed):
             data = self.make_data()
-            fit(self._trainer(recorder, random_state), module, data, ckpt_path=str(path))
+            fit(self._trainer(recorder, first=random_state), module, data, ckpt_path=str(path))
         path.unlink()
         missing = [s for s in whole.steps if s > step and s not in recorder.record.steps]
         if missing:
             recorder.record.steps[missing[0]] = {}  # told as a difference
         return recorder.record, interruption.in_mid_epoch
 
-    def _trainer(self, *added: Callback) -> pl.Trainer:
-        return quiet_trainer(self.folder, [*self.callbacks(), *added], self.options)
+    def _trainer(self, *added: Callback, first: Callback | None = None) -> pl.Trainer:
+        before = [] if first is None else [first]  # a callback may draw random numbers before a batch
+        return quiet_trainer(self.folder, [*before, *self.callbacks(), *added], self.options)
 
 
 def quiet_trainer(folder: Path, callbacks: list[Callback], options: dict[str, Any]) -> pl.Trainer:

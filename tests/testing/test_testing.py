@@ -65,6 +65,19 @@ class Forgetful(lq.QuantizationAwareTraining):
             layer.weight_quantizer.quantizing = self.steps > 5
 
 
+class Drawing(lq.QuantizationAwareTraining):
+    """Draws random numbers before a batch, as measuring layers on a module that does may."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        with torch.no_grad():
+            pl_module.head.bias.add_(torch.rand(()))
+
+
+def test_random_numbers_of_callbacks_are_those_of_the_uninterrupted_run(tmp_path):
+    assert_resume_exact(Classifier, stateful, lambda: [Drawing("int8", certify=False)], [3], folder=tmp_path)
+
+
 def test_a_broken_resume_is_found(tmp_path):
     broken = lambda: [Forgetful("int8", certify=False)]  # noqa: E731
     with pytest.raises(AssertionError, match=r"after step 8 and resumed, .* after step 9: '.*weight"):
