@@ -21,7 +21,14 @@ from lightning_qat.formats.integer_weight import (
     common_setting,
     rounded_scale,
 )
-from lightning_qat.formats.model_format import HeldLayer, ModelFormat, integer_layer, register_format
+from lightning_qat.formats.model_format import (
+    HeldLayer,
+    ModelFormat,
+    check_held,
+    groups_of,
+    integer_layer,
+    register_format,
+)
 from lightning_qat.nn import QuantizedLinear
 from lightning_qat.ops.word_packing import pack_awq_words, unpack_awq_words
 
@@ -78,14 +85,16 @@ class AWQFormat(ModelFormat):
         version, bits = str(config.get("version", config.get("format", "gemm"))).lower(), int(config.get("bits", 4))
         if version != "gemm" or bits != 4:
             raise ValueError(f"version={version!r} with bits={bits} cannot be read; AWQ's 'gemm' with 4 bits can")
-        words, scales, size = tensors["qweight"], tensors["scales"], int(config["group_size"])
-        group = linear.in_features if size == -1 else size
-        fits = words.shape == (linear.in_features, linear.out_features // 8)
-        if not fits or scales.shape != (linear.in_features // group, linear.out_features):
-            raise ValueError(
-                f"layer {name!r} has qweight of shape {tuple(words.shape)} and scales of shape {tuple(scales.shape)}, "
-                f"which is no {linear.out_features} x {linear.in_features} matrix in groups of {group}"
-            )
+        rows, columns, size = linear.out_features, linear.in_features, int(config["group_size"])
+        groups = groups_of(name, columns, size)
+        check_held(
+            name,
+            tensors,
+            qweight=(torch.int32, (columns, rows // 8)),
+            qzeros=(torch.int32, (groups, rows // 8)),
+            scales=(None, (groups, rows)),
+        )
+        words, scales = tensors["qweight"], tensors["scales"]
         codes, zeros = unpack_awq_words(words).t(), unpack_awq_words(tensors["qzeros"]).t()
         return integer_layer(
             codes, scales.t().float(), zeros, 4, grouped=size != -1, symmetric=bool(config.get("sym", True))

@@ -229,11 +229,13 @@ def _read_int8(state: dict[str, Tensor]) -> QuantizedTensor:
     form = state.get("weight_format")
     if form is not None and int(form) != 0:
         raise ValueError(f"weight_format={int(form)} is not row-major; save it with bitsandbytes 0.45 or newer")
-    if weight.dtype != torch.int8 or weight.dim() != 2 or scale.numel() != weight.shape[0]:
+    fits = weight.dtype == torch.int8 and weight.dim() == 2 and scale.numel() == weight.shape[0]
+    if not fits or scale.dtype != torch.float32:
         raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)} and SCB has {scale.numel()} elements; "
-            "Linear8bitLt has int8 [rows, columns] and one for each row"
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)} and SCB has {scale.numel()} elements of "
+            f"{scale.dtype}; Linear8bitLt has int8 [rows, columns] and float32, one for each row"
         )
+    _check_finite("SCB", scale)
     fmt = TensorFormat("llm_int8", 8, True, axis=0)
     return QuantizedTensor(weight, {"": scale.reshape(-1)}, None, fmt, weight.shape, torch.float16)
 
@@ -264,4 +266,15 @@ def _read_blocks(state: dict[str, Tensor], kind: str) -> QuantizedTensor:
             f"weight is {packed.dtype} with {packed.numel()} elements and absmax has {absmax.numel()}; shape "
             f"{tuple(shape)} in blocks of {block} takes uint8 with {expected} and {blocks}"
         )
+    wanted = {"weight.absmax": torch.uint8 if nested else torch.float32, "weight.nested_absmax": torch.float32}
+    for name, kind_of_scale in wanted.items():
+        if name in state and state[name].dtype != kind_of_scale:
+            raise ValueError(f"{name!r} is {state[name].dtype} instead of {kind_of_scale}: the state is damaged")
+        if name in state and kind_of_scale == torch.float32:
+            _check_finite(name, state[name])
     return QuantizedTensor(packed, stored, None, fmt, shape, dtype)
+
+
+def _check_finite(name: str, scale: Tensor) -> None:
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"{name!r} holds NaN or inf: the state is damaged")

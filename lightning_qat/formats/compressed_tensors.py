@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from lightning_qat.formats.contents import Contents, check_head_untied
 from lightning_qat.formats.integer_weight import UnsignedWeight, check_integer, rounded_scale
-from lightning_qat.formats.model_format import HeldLayer, ModelFormat, integer_layer, register_format
+from lightning_qat.formats.model_format import (
+    HeldLayer,
+    ModelFormat,
+    check_held,
+    groups_of,
+    integer_layer,
+    register_format,
+)
 from lightning_qat.nn import QuantizedLinear
 from lightning_qat.ops.word_packing import pack_words, unpack_words
 from lightning_qat.schemes import IntegerScheme, TensorFormat, get_scheme
@@ -98,6 +105,7 @@ class CompressedTensorsFormat(ModelFormat):
                 "which our layers do not hold; integers per tensor, channel or group, not actorder='group', can be read"
             )
         rows, middle = linear.out_features, 2 ** (bits - 1)
+        _check_weight(name, tensors, linear, args)
         scale = tensors["weight_scale"].reshape(-1, 1) if strategy == "tensor" else tensors["weight_scale"]
         scale = scale.expand(rows, scale.shape[1]).float()
         zeros = torch.full(scale.shape, middle, dtype=torch.int32)
@@ -114,6 +122,25 @@ class CompressedTensorsFormat(ModelFormat):
         if inputs is None:
             return held
         return HeldLayer(held.weight_format, *_read_input(name, held.tensors, tensors, inputs))
+
+
+def _check_weight(name: str, tensors: Mapping[str, Tensor], linear: nn.Linear, args: dict[str, Any]) -> None:
+    """Raise unless the tensors of a weight are those of the config."""
+    rows, columns, bits = linear.out_features, linear.in_features, int(args["num_bits"])
+    groups = groups_of(name, columns, int(args["group_size"]) if args["strategy"] == "group" else -1)
+    packed = "weight_packed" in tensors
+    if args["strategy"] == "tensor":
+        own = tensors["weight_scale"].shape
+        scales = tuple(own) if own.numel() == 1 else (1,)
+    else:
+        scales = (rows, groups)
+    word, width = (torch.int32, -(-columns * bits // 32)) if packed else (torch.int8, columns)
+    expected: dict[str, Any] = {"weight_packed" if packed else "weight": (word, (rows, width))}
+    if not args["symmetric"] and packed:
+        expected["weight_zero_point"] = (torch.int32, (-(-rows * bits // 32), groups))
+    elif not args["symmetric"]:
+        expected["weight_zero_point"] = (torch.int8, scales)
+    check_held(name, tensors, weight_scale=(None, scales), **expected)
 
 
 def _check_layer(name: str, layer: QuantizedLinear) -> None:
@@ -186,6 +213,11 @@ def _read_input(
     fmt = TensorFormat("dynamic" if dynamic else "int8", bits, symmetric, dynamic=dynamic, **span)  # type: ignore[arg-type]
     scale = zero = None
     if not dynamic:
+        ends = ["input_scale"] if symmetric else ["input_scale", "input_zero_point"]
+        for end in ends:
+            if tensors[end].numel() != 1:
+                raise ValueError(f"layer {name!r} has {end} of shape {list(tensors[end].shape)} instead of one number")
+        check_held(name, tensors, input_scale=(None, tuple(tensors["input_scale"].shape)))
         scale = tensors["input_scale"].reshape(()).float()
         if not symmetric:
             zero = (tensors["input_zero_point"].reshape(()).to(torch.int32) + 2 ** (bits - 1)).contiguous()

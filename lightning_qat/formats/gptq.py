@@ -22,7 +22,14 @@ from lightning_qat.formats.integer_weight import (
     common_setting,
     rounded_scale,
 )
-from lightning_qat.formats.model_format import HeldLayer, ModelFormat, integer_layer, register_format
+from lightning_qat.formats.model_format import (
+    HeldLayer,
+    ModelFormat,
+    check_held,
+    groups_of,
+    integer_layer,
+    register_format,
+)
 from lightning_qat.nn import QuantizedLinear
 from lightning_qat.ops.word_packing import pack_words, unpack_words
 
@@ -96,21 +103,27 @@ class GPTQFormat(ModelFormat):
 
     def read(self, name: str, tensors: Mapping[str, Tensor], linear: nn.Linear, config: dict[str, Any]) -> HeldLayer:
         bits, size = int(config["bits"]), int(config["group_size"])
-        columns = linear.in_features
-        group = columns if size == -1 else size
+        rows, columns = linear.out_features, linear.in_features
+        version = str(config.get("checkpoint_format") or "gptq")
+        if bits not in _BITS or version not in ("gptq", "gptq_v2"):
+            raise ValueError(f"checkpoint_format={version!r} with bits={bits} cannot be read; 'gptq' and 'gptq_v2' can")
+        groups = groups_of(name, columns, size)
+        group, packed = columns // groups, torch.int32
+        check_held(
+            name,
+            tensors,
+            qweight=(packed, (-(-columns * bits // 32), rows)),
+            qzeros=(packed, (groups, -(-rows * bits // 32))),
+            scales=(None, (groups, rows)),
+        )
         words, scales = tensors["qweight"], tensors["scales"]
-        if words.shape != (columns * bits // 32, linear.out_features) or scales.shape[0] * group != columns:
-            raise ValueError(
-                f"layer {name!r} has qweight of shape {tuple(words.shape)} and scales of shape {tuple(scales.shape)}, "
-                f"which is no {linear.out_features} x {columns} matrix of {bits} bits in groups of {group}"
-            )
         index = tensors.get("g_idx")
         if index is not None and not torch.equal(index.long(), torch.arange(columns) // group):
             raise ValueError(
                 f"layer {name!r} has groups of inputs that do not lie beside each other (activation order without "
                 "static groups), which our layers do not hold; quantize with static groups, or without desc_act"
             )
-        plus = 1 if config.get("checkpoint_format", "gptq") == "gptq" else 0
+        plus = 1 if version == "gptq" else 0
         codes = unpack_words(words.t(), bits, columns)
         zeros = unpack_words(tensors["qzeros"], bits, linear.out_features).to(torch.int32) + plus & 2**bits - 1
         return integer_layer(

@@ -99,6 +99,36 @@ def format_of_method(method: str) -> ModelFormat:
     raise ValueError(f"quant_method={method!r} cannot be read; these can: {known}")
 
 
+def check_held(
+    name: str, tensors: Mapping[str, Tensor], **expected: tuple[torch.dtype | None, tuple[int, ...]]
+) -> None:
+    """Raise ``ValueError`` unless tensors of a layer are as they have to be: a damaged file would be read as another.
+
+    Args:
+        name: of the layer.
+        tensors: by the ends of their names.
+        **expected: dtype and shape by these; a dtype of None is any floating point, of finite numbers.
+    """
+    for end, (dtype, shape) in expected.items():
+        tensor = tensors[end]
+        right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        if not right or tuple(tensor.shape) != shape:
+            kind = "floating point" if dtype is None else dtype
+            raise ValueError(
+                f"layer {name!r} has {end} of {tensor.dtype} {list(tensor.shape)} where the model and the config take "
+                f"{kind} {list(shape)}; the file is damaged or of another model"
+            )
+        if dtype is None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"layer {name!r} has {end} with NaN or inf; the file is damaged")
+
+
+def groups_of(name: str, columns: int, size: int) -> int:
+    """Return how many groups of ``size`` inputs, -1 being all, ``columns`` make; raise ``ValueError`` for a part."""
+    if size != -1 and (size < 1 or columns % size):
+        raise ValueError(f"layer {name!r} has {columns} inputs, which group_size={size} does not divide")
+    return 1 if size == -1 else columns // size
+
+
 def integer_layer(
     codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, grouped: bool, symmetric: bool
 ) -> HeldLayer:
