@@ -230,7 +230,7 @@ class SegmentRunner:
 
     def __init__(self, segment: Segment, runs: Iterable[Run]) -> None:
         self.segment = segment
-        captured = (_captured(segment.blocks[0].module, run) for run in runs)
+        captured = (_captured(segment.blocks[0], segment.specs[0], run) for run in runs)
         self._first = [leaves for leaves in captured if leaves is not None]
         kept = {link.index for links in segment.links[1:] for link in links if link.source == "first"}
         self._outputs: list[dict[int, Any]] = [{} for _ in self._first]
@@ -270,15 +270,21 @@ class SegmentRunner:
         self._at += 1
 
 
-def _captured(module: nn.Module, run: Run) -> list[Any] | None:
-    """Return the leaves of what ``module`` is called with when ``run`` gets there; None if it does not."""
+def _captured(block: Block, spec: TreeSpec, run: Run) -> list[Any] | None:
+    """Return the leaves of what ``block`` is called with when ``run`` gets there; None if it does not."""
     found: list[list[Any]] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(tree_flatten((args, kwargs))[0])
+        leaves, own = tree_flatten((args, kwargs))
+        if own != spec:
+            raise ValueError(
+                f"a calibration batch calls the block {block.name!r} with other arguments than the first batch does; "
+                "give batches of one kind, or use order='one_pass'"
+            )
+        found.append(leaves)
         raise Reached
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         run_until_reached(run)
     finally:

@@ -125,3 +125,29 @@ def test_a_batch_that_takes_another_way() -> None:
     assert len(found) == 2  # the others are none of the blocks' inputs
     for actual, x in zip(found, (batches[1], batches[3]), strict=True):
         assert torch.equal(actual, model(x))
+
+
+def test_batches_that_call_a_block_differently_are_told() -> None:
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x, mask=None):
+            return self.inner(x) if mask is None else self.inner(x) * mask
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.items = nn.ModuleList(Masked() for _ in range(2))
+
+        def forward(self, x, **options):
+            for item in self.items:
+                x = item(x, **options)
+            return x
+
+    model, x = Model(), randn(2, 3)
+    course = course_of(model, {"x": x, "mask": x})
+    runs = [lambda: model(x, mask=x), lambda: model(x)]
+    with pytest.raises(ValueError, match=r"the block 'items\.0' with other arguments.*order='one_pass'"):
+        SegmentRunner(course.segments[0], runs)

@@ -145,6 +145,10 @@ def test_the_fingerprint_sees_every_part() -> None:
         ids = torch.zeros(5000)
         ids[2500] = 1
         assert len(seen | {fingerprint(model, [kind(ids=ids)])["calibration"]}) == 2
+    networks = [nn.Sequential(nn.Linear(4, 4, bias=False), last) for last in (nn.ReLU(), nn.ReLU(), nn.GELU())]
+    for network in networks:
+        nn.init.ones_(network[0].weight)
+    assert [fingerprint(network, []) == fingerprint(networks[0], []) for network in networks] == [True, True, False]
     model.layers[1].q_proj.weight.data[3, 3] = -model.layers[1].q_proj.weight.data[3, 3]
     assert fingerprint(model, [], plan=PLAN)["model"] != known["model"]
 
