@@ -206,7 +206,8 @@ def gradient_factor(x: Tensor, scales: int, fmt: TensorFormat, *, samples: bool)
 def least_error_parameters(x: Tensor, scheme: Scheme, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
     """Return scale and zero point of the least squared error of ``x``: its range, shrunk by the best factor.
 
-    Each scale is searched by itself, among factors of 1 down to 0.08 at first and then around the best.
+    Each scale is searched by itself, among factors of 1 down to 0.08 at first and then around the best. One of zeros
+    alone gets a range to grow into, see :func:`_range_of_zeros`.
     """
     rows, shape = rows_of(x, fmt), scale_shape(x.shape, fmt)
     if not rows.numel():
@@ -215,6 +216,8 @@ def least_error_parameters(x: Tensor, scheme: Scheme, fmt: TensorFormat) -> tupl
     if fmt.symmetric:
         high = torch.maximum(high, -low)
         low = -high
+    empty, growing = (low == 0) & (high == 0), _range_of_zeros(x, torch.maximum(high, -low), fmt)
+    low, high = torch.where(empty, -growing, low), torch.where(empty, growing, high)
 
     def error_of(factor: Tensor) -> Tensor:
         scale, zero = (t.reshape(shape) for t in scheme.parameters(low * factor, high * factor, fmt))
@@ -226,6 +229,17 @@ def least_error_parameters(x: Tensor, scheme: Scheme, fmt: TensorFormat) -> tupl
     best, _ = _best(best, [(i - _FINE / 2) * 2 * step / _FINE for i in range(1, _FINE)], error_of, least)
     scale, zero = scheme.parameters(low * best, high * best, fmt)
     return scale.reshape(shape), zero.reshape(shape)
+
+
+def _range_of_zeros(x: Tensor, ranges: Tensor, fmt: TensorFormat) -> Tensor:
+    """Return the range that weights of zeros begin with: the others' mean, or that of PyTorch's initial weights.
+
+    They are usual where a branch is to begin with nothing. With the scale 1 that a range of 0 otherwise gives, weights
+    would stay in the code 0, and the layer without an effect, until they are as large as 0.5.
+    """
+    others = (ranges > 0).sum()
+    inputs = x.numel() / max(x.shape[fmt.axis or 0] if x.dim() else 1, 1)
+    return torch.where(others > 0, ranges.sum() / others.clamp(min=1), 1.0 / math.sqrt(max(inputs, 1.0)))
 
 
 def _best(

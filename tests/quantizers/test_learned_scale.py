@@ -268,3 +268,42 @@ def test_a_scale_begins_with_the_first_quantized_forward_and_not_before():
         layer.weight.mul_(3)
     layer(torch.randn(2, 8))
     assert layer.weight_quantizer.scale == scale_of(exponent_of(expected.reshape(1)))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_of_zeros_begin_with_a_scale_to_grow_into(granularity, symmetric):
+    """In code 0 up to 0.5, as with a scale of 1, they would have no effect for long."""
+    quantizer = quantizer_of(torch.zeros(8, 64), bits=4, symmetric=symmetric, **granularity)
+    scale = quantizer.scale
+    assert torch.equal(scale, scale.flatten()[0].expand_as(scale))
+    torch.testing.assert_close(scale.flatten()[0] * 7.5, torch.tensor(1 / 8), rtol=1e-4, atol=0)
+    grown = torch.full((8, 64), 0.05)
+    assert (quantizer(grown) != 0).all()
+    torch.testing.assert_close(quantizer(torch.zeros(8, 64)), torch.zeros(8, 64), rtol=0, atol=0)
+
+
+def test_a_row_of_zeros_begins_as_the_mean_of_the_others():
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    weight[2] = 0
+    fmt = quantizer_of(weight, bits=8, per_channel=True).format
+    found, _ = least_error_parameters(weight, get_scheme("int8"), fmt)
+    others = weight[[0, 1, 3]]
+    expected, _ = least_error_parameters(others, get_scheme("int8"), fmt)
+    torch.testing.assert_close(found[[0, 1, 3]], expected, rtol=0, atol=0)
+    torch.testing.assert_close(found[2] * 127, others.abs().amax(1).mean())
+
+
+def test_a_layer_of_zeros_trains():
+    torch.manual_seed(0)
+    layer = lq.QATLinear(nn.Linear(16, 4), lq.QATConfig("int4", per_channel=True, activation_bits=None,
+                                                        learnable_step_size=True))  # fmt: skip
+    nn.init.zeros_(layer.weight)
+    x, target = torch.randn(64, 16), torch.randn(4, 16) * 0.25
+    optimizer = torch.optim.Adam(layer.parameters(), 0.005)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(layer(x), x @ target.t())
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05 * (x @ target.t()).square().mean()
