@@ -104,7 +104,6 @@ class Engine:
         self._packs = packs and not static_quantizers(model)
         self._modules = dict(model.named_modules())
         self._outcomes: list[LayerOutcome] = []
-        self._notes: list[str] = []
         self._done = 0
         self._untouchable = shared_parameters(model)
         self._like: tuple[Fold, ...] = ()
@@ -130,7 +129,7 @@ class Engine:
             else:
                 self._quantize_in_turn(course)
         order = self.options.order if course.segments else "one_pass"
-        return PTQReport(self.method, order, tuple(self._outcomes), tuple(self._notes), self._watch.seconds())
+        return PTQReport(self.method, order, tuple(self._outcomes), seconds=self._watch.seconds())
 
     def _check_same_course(self, course: Course) -> None:
         """Raise ``ValueError`` on all ranks where they would wait for each other in different stages."""

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_qat.config import PlanLike, resolve_plan
+from lightning_qat.nn import QATLayer
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import LAYER_CLASSES, float_type, supported_class
 from lightning_qat.ptq.methods import METHODS, method_of, reason_for_nearest
@@ -16,6 +18,9 @@ from lightning_qat.schemes import TensorFormat, weight_format
 from lightning_qat.transforms.match import candidate_layers, match_layers, split_layers
 from lightning_qat.transforms.prepare import copy_model, prepared_plan, qat_layers
 from lightning_qat.validation import check_choice
+
+#: Share of a model's weights in unknown modules from which on it is told.
+_MUCH = 0.1
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,32 @@ def preflight(model: nn.Module, config: PlanLike = "int8", method: str | None = 
             continue
         tasks.append(_task(name, layer, fmt, method))
     return tasks
+
+
+def unknown_weights(model: nn.Module) -> tuple[str, ...]:
+    """Return a note if much of a prepared model is in matrices that no layer of this package's kinds holds.
+
+    Such are the ``Conv1D`` of GPT-2 in transformers and experts that are one three-dimensional parameter.
+    """
+    known = (QATLayer, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag, ParametrizationList)
+    sizes: dict[int, int] = {}
+    other: dict[int, tuple[str, nn.Module, int]] = {}
+    for name, module in model.named_modules():
+        own = isinstance(module, known) or supported_class(type(module)) is not None
+        for end, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() < 2:
+                continue
+            sizes[id(parameter)] = parameter.numel()
+            if not own:
+                other[id(parameter)] = (f"{name}.{end}".removeprefix("."), module, parameter.numel())
+    share = sum(size for _, _, size in other.values()) / max(sum(sizes.values()), 1)
+    if share < _MUCH:
+        return ()
+    name, module, _ = max(other.values(), key=lambda found: found[2])
+    return (
+        f"{share:.0%} of the weights stay in float: they are in modules that hold parameters of their own, such as "
+        f"{name!r} of a {type(module).__name__}; put layers that can be quantized, such as nn.Linear, in their place",
+    )
 
 
 def check_tasks(tasks: Sequence[LayerTask]) -> None:

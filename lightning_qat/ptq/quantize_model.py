@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -22,13 +24,15 @@ from lightning_qat.ptq.outcome import (
     attach_ptq_report,
     most_memory,
 )
-from lightning_qat.ptq.preflight import check_tasks, preflight
+from lightning_qat.ptq.preflight import check_tasks, preflight, unknown_weights
 from lightning_qat.transforms.calibrate import calibrate
 from lightning_qat.transforms.convert import convert as convert_model
 from lightning_qat.transforms.convert import finish_conversion
 from lightning_qat.transforms.prepare import copy_model, prepare, prepared_plan, qat_layers
 from lightning_qat.transforms.ranges import static_quantizers
 from lightning_qat.validation import check_choice
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -99,8 +103,11 @@ def quantize_model(
     (observer := observer or PTQObserver()).started(tasks)
     check_tasks(tasks)
     replica = _replica(original, plan)
+    notes = unknown_weights(replica)
+    for note in notes:
+        logger.warning(note)
     if not METHODS[chosen].needs_statistics:
-        nearest = _nearest(replica, calibration, forward, observer, verify=verify, convert=convert)
+        nearest = _nearest(replica, calibration, forward, observer, notes, verify=verify, convert=convert)
         own_parameters(nearest, original)
         return nearest
     batches = [] if calibration is None else list(calibration)
@@ -124,7 +131,7 @@ def quantize_model(
         journal=kept,
         packs=convert and not verify,
     )
-    report = engine.run()
+    report = replace(engine.run(), notes=notes)
     if static_quantizers(replica):  # the ranges of activations are those of the quantized weights
         calibrate(replica, batches, forward, across_ranks=options.across_ranks)
     result = _finished(replica, report, batches, forward, observer, verify=verify, convert=convert)
@@ -153,6 +160,7 @@ def _nearest(
     calibration: Iterable[Any] | None,
     forward: Callable[[nn.Module, Any], Any] | None,
     observer: PTQObserver,
+    notes: tuple[str, ...],
     *,
     verify: bool,
     convert: bool,
@@ -173,7 +181,7 @@ def _nearest(
         outcomes.append(LayerOutcome(name, "rtn", bits, weights, memory=most_memory()))
         observer.layer_done(outcomes[-1])
     result = convert_model(model, verify=batches if verify else None, forward=forward) if convert else model
-    report = PTQReport("rtn", None, tuple(outcomes), (), watch.seconds())
+    report = PTQReport("rtn", None, tuple(outcomes), notes, watch.seconds())
     attach_ptq_report(result, report)
     observer.finished(report)
     return result

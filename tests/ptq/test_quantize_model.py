@@ -118,3 +118,31 @@ def test_any_forward() -> None:
     made = lq.quantize_model(Two(), "int8", [{"x": x}], forward=lambda m, batch: m(batch["x"], b=batch["x"]))
     assert made(x, b=x).shape == (3, 2)
     assert lq.quantize_model(Two(), "int8", [{"a": x, "b": x}])(x, b=x).shape == (3, 2)
+
+
+class Transposed(nn.Module):
+    """A Linear as GPT-2 in transformers has it: of a class that nobody but its library knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(randn(32, 32)), nn.Parameter(randn(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_weights_that_no_known_layer_holds_are_told(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, config = nn.Sequential(Transposed(), nn.ReLU(), nn.Linear(32, 8)), lq.QuantizationConfig("int4")
+    made = lq.quantize_model(model, config, [randn(9, 32)], method)
+    (note,) = lq.ptq_report(made).notes
+    assert note.startswith("80% of the weights stay in float")
+    assert "'0.weight' of a Transposed" in note
+    assert note in caplog.text
+    caplog.clear()
+    parts = [nn.Embedding(9, 16), nn.MultiheadAttention(16, 2), nn.LSTM(16, 16), nn.GRUCell(16, 16), nn.Linear(16, 4)]
+    known = nn.ModuleList([*parts, nn.Conv2d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))])
+    rules = [lq.LayerRule("1.*"), lq.LayerRule("5")]
+    left = lq.quantize_model(known, lq.QuantizationPlan(rules, base="int8_weight_only"))
+    assert lq.ptq_report(left).notes == ()
+    assert not caplog.text
