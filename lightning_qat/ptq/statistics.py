@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,8 @@ class StatisticsSum:
         self.name = name
         self._layer = layer
         self._groups, k = geometry
-        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+        weight: Any = layer.weight  # the projections of an attention have no parameters of their own
+        device = weight.device
         self.count = 0
         self._gram = torch.zeros(self._groups, k, k, dtype=torch.float64, device=device)
         self._magnitude = torch.zeros(self._groups, k, dtype=torch.float64, device=device)

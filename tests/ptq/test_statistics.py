@@ -12,6 +12,7 @@ from tensors import randn
 from torch import nn
 from torch.nn import functional as F
 
+import lightning_qat as lq
 from lightning_qat.ptq import statistics as module
 from lightning_qat.ptq.statistics import StatisticsSum, input_geometry, input_rows
 from lightning_qat.ptq.watch import find_shared_inputs, gather_statistics
@@ -34,6 +35,14 @@ def test_a_linear(dtype) -> None:
     assert torch.equal(found.max_magnitude, rows.abs().amax(0).float())
     assert (found.count, found.low, found.high) == (30, rows.min().item(), rows.max().item())
     assert found.gram.dtype == torch.float32
+
+
+def test_sums_lie_where_the_weight_does() -> None:
+    attention = lq.prepare(nn.MultiheadAttention(8, 2, device="meta"), "int8_weight_only")
+    for layer in (nn.Linear(3, 2, device="meta"), nn.Conv1d(3, 2, 1, device="meta"), attention.q_proj):
+        total = StatisticsSum(layer, "layer")
+        kept = (total._gram, total._magnitude, total._largest, total._bounds)
+        assert {tensor.device.type for tensor in kept} == {"meta"}
 
 
 def test_many_tokens_do_not_wear_the_sum_out() -> None:
