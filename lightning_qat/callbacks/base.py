@@ -388,5 +388,5 @@ def _check_plan(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def _loaders_resume(trainer: pl.Trainer) -> bool:
-    loaders = trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else []
-    return all(hasattr(loader, "load_state_dict") for loader in loaders)
+    combined = trainer.fit_loop._combined_loader  # whose truth is its length, which a stream does not have
+    return combined is None or all(hasattr(loader, "load_state_dict") for loader in combined.flattened)

@@ -74,6 +74,18 @@ def test_an_iterable_loader_of_unknown_length_is_told(tmp_path):
         trainer(tmp_path, [lq.DelayedQATStart("1 epochs")]).fit(Classifier(), DataLoader(Stream(), batch_size=4))
 
 
+def test_a_stream_trains_with_steps_that_are_numbers(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data())
+
+    schedule = [lq.QuantizationAwareTraining("int8", start_step=2), lq.ProgressiveBitReduction({0: 8, 4: 6})]
+    module = Classifier()
+    trainer(tmp_path, schedule).fit(module, DataLoader(Stream(), batch_size=4))
+    assert module.head.weight_quantizer.bits == 6
+    assert "the training loader has no state_dict" in schedule[0].explain()
+
+
 def test_progressive_bits_follow_the_schedule(tmp_path):
     callbacks = [lq.QuantizationAwareTraining("int8"), lq.ProgressiveBitReduction({0: 16, 3: 8, 6: 4})]
     module = fit(tmp_path, callbacks)
