@@ -12,9 +12,10 @@ from math import gcd
 import torch
 from torch import Tensor
 
-#: Powers of two that a channel is multiplied by: 2**-4 to 2**3. Further ones leave the range of float16.
+#: Powers of two that a channel is multiplied by: 2**-4 to 2**-1 and 2**1 to 2**4. Further ones leave the range of
+#: float16, and 2**0 is what inputs have that the channel has no part in.
 LEVELS = 8
-_LOWEST = -4
+_HALF = LEVELS // 2
 #: What is said of a channel that is 0 everywhere.
 SILENT = -1
 #: Units in the last place of the largest number that may differ.
@@ -31,7 +32,7 @@ Probe = Callable[[Tensor], "Tensor | None"]
 
 def factor_of(levels: Tensor) -> Tensor:
     """Return the powers of two of levels ``0 .. LEVELS - 1``, float32."""
-    return torch.exp2((levels + _LOWEST).float())
+    return torch.exp2((levels - _HALF + (levels >= _HALF)).float())
 
 
 def channels_told(count: int, size: int, probe: Probe) -> Tensor | None:
@@ -82,9 +83,10 @@ def levels_between(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor 
     largest, grown = old.abs().amax(0), new.abs().amax(0)
     silent = (largest == 0) & (grown == 0)
     ratio = torch.where(silent, 1.0, grown / largest)
-    levels = ratio.log2().round().sub(_LOWEST).nan_to_num(-1.0, -1.0, -1.0)
-    if not bool(((levels >= 0) & (levels < LEVELS)).all()):
+    exponent = torch.where(silent, 1.0, ratio.log2().round().nan_to_num(0.0, 0.0, 0.0))
+    if not bool(((exponent != 0) & (exponent.abs() <= _HALF)).all()):
         return None
+    levels = exponent + _HALF - (exponent > 0).to(exponent.dtype)
     factor = factor_of(levels)
     tolerance = _INPUT_UNITS * rounding(before[0].dtype) * largest * factor
     if not bool(((new - old * factor).abs() <= tolerance).all()):

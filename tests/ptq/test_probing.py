@@ -40,11 +40,18 @@ def test_one_to_one_takes_one_probe_and_silent_channels_are_let_pass() -> None:
     assert channels_told(300, 600, lambda levels: probe(levels)[doubled]) is None  # which of them is silent?
 
 
+def test_inputs_that_the_channels_have_no_part_in_are_of_none() -> None:
+    x = randn(5, 16)
+    for count in range(1, 70):
+        assert channels_told(count, 16, lambda levels: levels_between([x], [x])) is None
+    assert bool((factor_of(torch.arange(LEVELS)) != 1).all())  # so that a proof changes every channel
+
+
 def test_what_is_not_multiplied_is_refused() -> None:
     x = randn(5, 16)
     factor = factor_of(torch.arange(16) % LEVELS)
     assert levels_between([x], [x * factor]).tolist() == [i % LEVELS for i in range(16)]
-    for other in (x * factor + 1e-3, (x * factor).clamp_max(1.0), x * factor * 1.01, x * 2**6, -x * factor, x[:4]):
+    for other in (x, x * factor + 1e-3, (x * factor).clamp_max(1.0), x * factor * 1.01, x * 2**6, -x * factor, x[:4]):
         assert levels_between([x], [other]) is None
     assert levels_between([x], [x, x]) is None
     assert levels_between([x * 0], [x * 0]).tolist() == [SILENT] * 16
