@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_qat.callbacks.both_lightnings import in_both, serve_both
+from lightning_qat.callbacks.quantization_monitor import _compiled
 from lightning_qat.transforms.distillation import DistillationLoss, as_teacher, distillation_gradient
 from lightning_qat.transforms.penalty import check_factor
 from lightning_qat.transforms.prepare import qat_layers
@@ -86,10 +87,11 @@ class SelfDistillation(pl.Callback):
             if name not in modules:
                 nearest = ", ".join(repr(n) for n in nearest_first(name, modules)[:5])
                 raise ValueError(f"layers={name!r}: {type(pl_module).__name__} has no such module; nearest: {nearest}")
-        self._remove()
+        self._remove(pl_module)
         self._warned = False
         for name in self.layers:
             self._watch(trainer, modules[name])
+        _forget_graphs(pl_module)
 
     def _watch(self, trainer: pl.Trainer, module: nn.Module) -> None:
         # Functions and not methods: a copy of the module then shares them instead of copying this callback.
@@ -155,20 +157,28 @@ class SelfDistillation(pl.Callback):
             )
         self._losses.clear()
 
-    def _remove(self) -> None:
+    def _remove(self, module: pl.LightningModule) -> None:
+        if self._handles:
+            _forget_graphs(module)
         while self._handles:
             self._handles.pop().remove()
         self._said.clear()
         self._losses.clear()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._remove()
+        self._remove(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._remove()
+        self._remove(pl_module)
 
 
 serve_both(SelfDistillation)  # LightningCLI looks at the class before there is an instance
+
+
+def _forget_graphs(module: pl.LightningModule) -> None:
+    """Let a compiled ``module`` be compiled anew: its graphs have the hooks of when they were made, unguarded."""
+    if _compiled(module):
+        torch.compiler.reset()
 
 
 def _quantizes(module: nn.Module) -> bool:
