@@ -198,7 +198,10 @@ class QuantizationCallback(pl.Callback):
         """Resolve the schedule and calibrate, once in the life of a run: a resumed one has both."""
         peers = self._peers(trainer)
         schedule = self._combined(peers)
-        resolved = schedule.resolve(*run_length(trainer, self._max_epochs))
+        length = run_length(trainer, self._max_epochs)
+        resolved = schedule.resolve(*length)
+        for late in resolved.beyond(length[0]):
+            rank_zero_warn(late)
         if resolved.freeze_scales == 0 and not schedule.calibration_batches:
             schedule = replace(schedule, calibration_batches=8)  # ranges that never move have to come from somewhere
         if not schedule.fold_norm or not any(isinstance(m, _BatchNorm) for m in pl_module.modules()):

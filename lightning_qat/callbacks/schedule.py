@@ -104,6 +104,13 @@ class Schedule:
         """Return whether a resolved schedule changes no bits after optimizer step ``step``."""
         return all(at <= step for at, _ in (*self.weight_bits, *self.activation_bits))  # type: ignore[operator]
 
+    def beyond(self, total_steps: float) -> list[str]:
+        """Return, in words, what a resolved schedule does too late for a run of ``total_steps``."""
+        late: list[tuple[Step, str]] = [(self.start, "nothing is fake-quantized before step")]
+        late += [(step, f"no weight has {value} bits before step") for step, value in self.weight_bits]
+        late += [(step, f"no activation has {value} bits before step") for step, value in self.activation_bits]
+        return [f"{what} {step}, and the run has {total_steps:.0f}" for step, what in late if step >= total_steps > 0]  # type: ignore[operator]
+
     def state_dict(self) -> dict[str, Any]:
         """Return builtins only: anything else makes a checkpoint unloadable with ``weights_only=True``."""
         state = asdict(self)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_qat.callbacks.run_length import run_length
 from lightning_qat.callbacks.schedule import resolve_step, when
@@ -72,6 +73,12 @@ class SensitivityBitReduction(StagedBitReduction):
             raise ValueError(
                 f"end_step={self.end_step!r} is step {last} of this run, before start_step={self.start_step!r}, which "
                 f"is step {first}"
+            )
+        ends = last if self.last_stage > 1 else first
+        if ends >= length[0] > 0:
+            rank_zero_warn(
+                f"SensitivityBitReduction: the last layers are due at step {ends}, and the run has {length[0]:.0f}; "
+                "they keep more bits than the fewest"
             )
         self._span = (first, last)
 

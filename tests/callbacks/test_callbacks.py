@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import lightning as L
 import numpy as np
@@ -84,6 +85,26 @@ def test_a_stream_trains_with_steps_that_are_numbers(tmp_path):
     trainer(tmp_path, schedule).fit(module, DataLoader(Stream(), batch_size=4))
     assert module.head.weight_quantizer.bits == 6
     assert "the training loader has no state_dict" in schedule[0].explain()
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (lambda: lq.DelayedQATStart(8), "nothing is fake-quantized before step 8, and the run has 8"),
+        (lambda: lq.ProgressiveBitReduction({0: 8, 9: 4}), "no weight has 4 bits before step 9, and the run has 8"),
+        (
+            lambda: lq.SensitivityBitReduction([8, 4], end_step=1.0),
+            "the last layers are due at step 8, and the run has 8; they keep more bits",
+        ),
+    ],
+)
+def test_steps_beyond_the_run_are_told(tmp_path, callback, message):
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path, [lq.QuantizationAwareTraining("int8", certify=False), callback()])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(tmp_path, [lq.QuantizationAwareTraining("int8", certify=False), callback()], max_epochs=3)
+    assert not [w for w in seen if "before step" in str(w.message)]
 
 
 def test_progressive_bits_follow_the_schedule(tmp_path):
