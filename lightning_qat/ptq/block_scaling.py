@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_qat.nn import QATLayer
 from lightning_qat.ptq.awq import AWQOptions, rows_are_independent, search_scales
-from lightning_qat.ptq.folding import Fold, apply_fold, find_folds
+from lightning_qat.ptq.folding import Fold, apply_fold, find_folds, still_holding
 from lightning_qat.ptq.smoothing import SmoothingOptions, search_smoothing
 from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.ptq.watch import Run, of_every_rank
@@ -86,6 +86,7 @@ def scale_block(
     *,
     untouchable: frozenset[int] = frozenset(),
     like: Sequence[Fold] = (),
+    others: Sequence[Run] = (),
     across_ranks: bool = False,
 ) -> BlockScaling:
     """Multiply the weights of layers that share an input by the scales of least loss and divide what makes the input.
@@ -101,14 +102,15 @@ def scale_block(
         options: of AWQ or of SmoothQuant.
         untouchable: see :func:`lightning_qat.ptq.channels.shared_parameters`.
         like: folds of a block built alike, which spare most of the tries.
+        others: run ``block`` on batches that call layers which the first one does not: folds have to hold there too.
         across_ranks: leave out folds that not every rank has found; each calls this.
     """
     options = options or AWQOptions()
     able = [tuple(group) for group in groups if not _kept_apart(group, layers, statistics)]
-    folds = {
-        fold.layers: fold
-        for fold in find_folds(block, layers, able, run, untouchable=untouchable, allowed=_takes_rows, like=like)
-    }
+    found = find_folds(block, layers, able, run, untouchable=untouchable, allowed=_takes_rows, like=like)
+    for other in others:
+        found = still_holding(block, layers, found, other)
+    folds = {fold.layers: fold for fold in found}
     if across_ranks:
         folds = _agreed(folds)
     changed = dict(statistics)

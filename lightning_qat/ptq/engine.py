@@ -197,10 +197,12 @@ class Engine:
         before = len(self._outcomes)
         layers = {name: self._layers[name] for name in stage.layers}
         runs = iter(stage.runs())
-        shared = find_shared_inputs({n: m for n, m in layers.items() if not self._why_nearest(n)}, next(runs), runs)
+        tried = [next(runs)]  # and those that it takes to come to all layers
+        chosen = {name: layer for name, layer in layers.items() if not self._why_nearest(name)}
+        shared = find_shared_inputs(chosen, tried[0], _noting(runs, tried))
         if self.options.across_ranks:
             shared = agreed(shared)
-        self._choose_all(stage, shared)
+        self._choose_all(stage, shared, tried)
         for name in stage.layers:  # the block was reached, and the layer in it was not
             if not any(outcome.name == name for outcome in self._outcomes[before:]):
                 note = self._why_nearest(name) or "no calibration batch reached it"
@@ -212,13 +214,13 @@ class Engine:
         layer = self._layers[name]
         return reason_for_nearest(layer, layer.weight_quantizer.format, self.method)
 
-    def _choose_all(self, stage: _Stage, shared: list[SharedInput]) -> None:
+    def _choose_all(self, stage: _Stage, shared: list[SharedInput], tried: list[Run]) -> None:
         layers = {name: self._layers[name] for name in stage.layers}
         gather = partial(gather_statistics, layers, runs=stage.runs, across_ranks=self.options.across_ranks)
         scales: dict[str, Tensor] = {}
         known: dict[str, InputStatistics] | None = None
         if self.way.scaling is not None and stage.module is not None:
-            scaled = self._scale(stage, layers, shared, gather(shared, stop=True))
+            scaled = self._scale(stage, layers, shared, gather(shared, stop=True), tried)
             known = dict(scaled.statistics)
             self._scaling_notes = scaled.notes
             scales = {n: g.scales for g in scaled.groups if g.scales is not None for n in g.fold.layers}
@@ -229,7 +231,12 @@ class Engine:
         self._scaling_notes = {}
 
     def _scale(
-        self, stage: _Stage, layers: dict[str, QATLayer], shared: list[SharedInput], seen: dict[str, InputStatistics]
+        self,
+        stage: _Stage,
+        layers: dict[str, QATLayer],
+        shared: list[SharedInput],
+        seen: dict[str, InputStatistics],
+        tried: list[Run],
     ) -> BlockScaling:
         scaling: Any = self.way.scaling
         found = scale_block(
@@ -237,10 +244,11 @@ class Engine:
             layers,
             [each.layers for each in shared],
             seen,
-            next(iter(stage.runs())),
+            tried[0],
             scaling(self.options),
             untouchable=self._untouchable,
             like=self._like,
+            others=tried[1:],
             across_ranks=self.options.across_ranks,
         )
         self._like = found.folds
@@ -307,6 +315,12 @@ class Engine:
             with watch_readers(self.model), watch_folds(self.model):
                 self._run_of(self.batches[0])()
         decide_no_folding(self.model)
+
+
+def _noting(runs: Iterable[Run], noted: list[Run]) -> Iterator[Run]:
+    for run in runs:
+        noted.append(run)
+        yield run
 
 
 @contextlib.contextmanager

@@ -109,6 +109,31 @@ def find_folds(
         return [found.get(tuple(g)) or Fold(tuple(g), reason=declined[tuple(g)]) for g in groups]
 
 
+@torch.no_grad()
+def still_holding(block: nn.Module, layers: Mapping[str, nn.Module], folds: Sequence[Fold], run: Run) -> list[Fold]:
+    """Return ``folds`` without a source where ``run``, of another batch, takes what it makes to someone else.
+
+    Args:
+        block: as :func:`find_folds` takes it.
+        layers: likewise.
+        folds: that were found with the first batch.
+        run: runs ``block`` on the other one.
+    """
+    open_folds = [fold for fold in folds if fold.source is not None]
+    if not open_folds:
+        return list(folds)
+    with float_forward(block):
+        trial = _Trial(layers, {}, run)
+        if trial.holds(open_folds):
+            return list(folds)
+        left = []
+        for fold in folds:
+            if fold.source is not None and not trial.holds([fold]):
+                fold = Fold(fold.layers, reason=f"{fold.source.name!r}, in another batch, is read by others too")
+            left.append(fold)
+        return left
+
+
 def _declined(group: Sequence[str], layers: Mapping[str, nn.Module], untouchable: frozenset[int]) -> str:
     """Return why the inputs of a group cannot be scaled at all, or nothing."""
     for name in group:
@@ -161,7 +186,7 @@ class _Trial:
             if source is None or self._size(group) != len(fold.channels) or fold.channels.max() >= source.channels:
                 continue
             folds.append(Fold(group, replace(source, offset=fold.source.offset), fold.channels))
-        return {fold.layers: fold for fold in folds} if folds and self._holds(folds) else {}
+        return {fold.layers: fold for fold in folds} if folds and self.holds(folds) else {}
 
     def find(self, group: tuple[str, ...]) -> Fold:
         """Return where the scale of ``group`` goes."""
@@ -174,7 +199,7 @@ class _Trial:
                 told = False
                 for channels in self._channels(tried, group, size):
                     fold, told = Fold(group, tried, channels), True
-                    if self._holds([fold]):
+                    if self.holds([fold]):
                         return fold
                 if told:
                     reason = reason or f"{source.name!r}, which makes its inputs, is read by others too"
@@ -218,7 +243,7 @@ class _Trial:
             run_until_reached(self._run)
         return levels_between(self._inputs[reader], seen)
 
-    def _holds(self, folds: Sequence[Fold]) -> bool:
+    def holds(self, folds: Sequence[Fold]) -> bool:
         """Return whether the block's output stays if sources are multiplied and columns of their readers divided."""
         sources, readers = [], []
         for fold in folds:

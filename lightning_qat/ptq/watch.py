@@ -100,10 +100,9 @@ def find_shared_inputs(layers: Mapping[str, nn.Module], run: Run, others: Iterab
         Layers that are never called are in none.
     """
     found = _shared_in_one(layers, run)
-    for other in others:
-        known = {name for each in found for name in each.layers}
-        if len(known) == len(layers):
-            break
+    known = {name for each in found for name in each.layers}
+    others = iter(others)
+    while len(known) < len(layers) and (other := next(others, None)) is not None:
         place = 0
         for each in _shared_in_one(layers, other):  # each goes behind what this batch calls before it
             late = tuple(name for name in each.layers if name not in known)
@@ -112,6 +111,7 @@ def find_shared_inputs(layers: Mapping[str, nn.Module], run: Run, others: Iterab
                 place += 1
             else:
                 place = next(i for i, old in enumerate(found) if each.layers[0] in old.layers) + 1
+        known = {name for each in found for name in each.layers}
     return found
 
 

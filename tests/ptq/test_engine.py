@@ -170,6 +170,32 @@ def test_an_expert_that_only_a_later_batch_reaches_is_not_left_out(kind, order) 
     assert first.loss == pytest.approx(choose_gptq(weight, gram, weight_format(W4, weight.shape)).loss, rel=1e-3)
 
 
+class Tasks(nn.Module):
+    """What a batch is decides which of two heads reads the norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm.weight.data[:2] = torch.tensor([30.0, 0.1])
+
+    def forward(self, x, other=False):
+        x = self.norm(x)
+        return self.second(x) if other else self.first(x)
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_a_reader_that_only_a_later_batch_calls_is_not_scaled_behind_its_back(method) -> None:
+    torch.manual_seed(0)
+    model, x = Tasks(), randn(40, 8)
+    batches = [{"x": x}, {"x": x}, {"x": x, "other": True}]
+    made = lq.quantize_model(model, lq.QuantizationConfig("int8", group_size=4), batches, method)
+    for other in (False, True):
+        assert lq.sqnr(model(x, other), made(x, other)) > 35
+    assert lq.ptq_report(made).layer("first").notes[0].endswith("'norm', in another batch, is read by others too")
+    alone = lq.quantize_model(model, lq.QuantizationConfig("int8", group_size=4), batches[:1], method)
+    assert lq.ptq_report(alone).layer("first").notes[0].startswith("scale in 'norm'")
+
+
 def test_nan_is_named_with_its_layer() -> None:
     model = built(Llama)
     model.layers[1].input_layernorm.weight.data[3] = float("nan")
