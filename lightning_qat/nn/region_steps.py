@@ -35,7 +35,8 @@ class Step(Protocol):
 
 @lru_cache(maxsize=4096)
 def _code_of(bound: float, grid: CodeGrid) -> int:
-    code = torch.round(torch.tensor(bound) / torch.tensor(grid.scale)) + grid.codes.zero_point
+    at = torch.tensor([bound, grid.scale], dtype=torch.float32)  # not the default dtype, which "bf16-true" changes
+    code = torch.round(at[0] / at[1]) + grid.codes.zero_point
     return int(code.clamp(grid.codes.low, grid.codes.high))
 
 

@@ -286,7 +286,7 @@ def _quantize_stochastically(
     below = (torch.bucketize(ratios, values, right=True) - 1).clamp(0, len(values) - 2)
     # Between the two zeros of fp4 there is no distance, and no ratio that is not 0.0 already.
     upward = (ratios - values[below]) / (values[below + 1] - values[below])
-    noise = torch.rand(ratios.shape, generator=generator, device=x.device)
+    noise = torch.rand(ratios.shape, generator=generator, device=x.device, dtype=ratios.dtype)
     codes = order[below + (noise < upward)].masked_fill(ratios.isnan(), nan_code(name, rule))
     return codes.view(x.shape)
 

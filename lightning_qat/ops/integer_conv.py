@@ -187,7 +187,7 @@ def conv_is_exact() -> bool:
     for groups, kernel in ((1, w), (20, w[:, :1])):
         geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups)
         try:
-            packed = pack_conv(kernel, torch.ones(1), geometry, 1.0, codes)
+            packed = pack_conv(kernel, torch.ones(1, dtype=torch.float32), geometry, 1.0, codes)
             result = convolve_codes(x, CodeGrid(1.0, codes), packed, None, geometry)
             # Steps of a power of two larger than the sums: what is rounded is exact.
             rounded = convolve_codes(x, CodeGrid(1.0, codes), packed, None, geometry, CodeGrid(2.0**16, codes))

@@ -197,7 +197,7 @@ def linear_is_exact() -> bool:
     w = torch.full((5, 70), 127, dtype=torch.int8)
     w[1, ::2] = -128
     try:
-        result = multiply_codes(x, 1.0, 3, pack_linear(w, torch.ones(1)), None)
+        result = multiply_codes(x, 1.0, 3, pack_linear(w, torch.ones(1, dtype=torch.float32)), None)
     except (AttributeError, RuntimeError):  # a build of PyTorch without oneDNN or without this op
         return False
     return torch.equal(result.long(), (x.long() - 3) @ w.long().T)

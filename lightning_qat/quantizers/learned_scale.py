@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,8 +79,9 @@ class LearnedScale(QuantizationState):
     def __init__(self, shape: tuple[int, ...], *, symmetric: bool, name: str) -> None:
         super().__init__()
         self.shape, self.name, self.ready = shape, name, False
-        self.exponent = nn.Parameter(torch.zeros(shape or (1,)))
-        self.register_parameter("offset", None if symmetric else nn.Parameter(torch.zeros(shape or (1,))))
+        fresh = partial(torch.zeros, shape or (1,), dtype=torch.float32)  # "bf16-true" builds modules in bfloat16
+        self.exponent = nn.Parameter(fresh())
+        self.register_parameter("offset", None if symmetric else nn.Parameter(fresh()))
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"ready": self.ready}

@@ -48,6 +48,23 @@ def test_scales_stay_float32_and_what_trained_converts(tmp_path, precision, pres
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("pact", [None, 1e-3])
+def test_learned_scales_are_float32_and_move(tmp_path, precision, pact):
+    """Lightning builds modules in the precision it trains in; in bfloat16 a step of an exponent is rounded away."""
+    config = lq.QATConfig("int4", per_channel=True, learnable_step_size=pact is None, pact_decay=pact)
+    module = Classifier()
+    callbacks = [lq.QuantizationAwareTraining(config, certify=False), lq.LearnedScales(lr=1e-3)]
+    trainer(tmp_path, callbacks, precision=precision, max_epochs=1).fit(module, loader())
+    parameters = [p for name, p in module.named_parameters() if ".learned." in name]
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert any(bool((p != p.bfloat16()).any()) for p in parameters)
+    module.eval()
+    converted = lq.convert(module)
+    for layer, twin in ((module.conv, converted.conv), (module.head, converted.head)):
+        assert torch.equal(layer.weight_codes().abs(), twin.codes.abs())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_a_cast_run_resumes_with_its_scales(tmp_path, precision):
     callbacks = lambda: [lq.QuantizationAwareTraining("int8", certify=False)]  # noqa: E731
     module, run = Classifier(), trainer(tmp_path, callbacks(), precision=precision)

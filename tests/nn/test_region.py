@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import lightning_qat as lq
 from lightning_qat.nn.conv_kernel import ConvKernel
 from lightning_qat.nn.region import RegionTensor
-from lightning_qat.ops.integer_conv import conv_is_exact
+from lightning_qat.nn.region_steps import _code_of
+from lightning_qat.ops.integer_conv import CodeGrid, CodeRange, conv_is_exact
 
 pytestmark = pytest.mark.skipif(not conv_is_exact(), reason="this CPU has no exact integer kernel")
 
@@ -35,6 +36,20 @@ def straight(monkeypatch):
 
 def feeds(model):
     return {name: module.feeds_one_layer for name, module in model.named_modules() if hasattr(module, "kernel_cache")}
+
+
+def test_bounds_do_not_follow_the_default_dtype():
+    """Lightning's "bf16-true" makes it bfloat16 while a step runs, in which 6 / 0.0236 is 255 and not 254.2."""
+    grid = CodeGrid(0.0236, CodeRange(0, 0, 255))
+    codes = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        _code_of.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            codes.append([_code_of(bound, grid) for bound in (6.0, 5.0, 1.0, 0.37)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert codes == [[254, 212, 42, 16]] * 3
 
 
 # ------------------------------------------------------------------------------------------------- straight to codes
