@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -33,13 +35,38 @@ def qat_layers(model: nn.Module) -> Iterator[tuple[str, QATLayer]]:
 
 
 def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
-    """Deep-copy ``model``, also one that keeps graph tensors: pruned weights, losses in a list."""
+    """Deep-copy ``model``, also one that keeps graph tensors: pruned weights, losses in a list.
+
+    Raises:
+        ValueError: if a function that was put in the place of a ``forward`` holds a module of ``model``: functions are
+            not copied, so that the copy would compute with the original.
+    """
     memo = {} if memo is None else memo
+    own = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        if _holds_one_of(module.__dict__.get("forward"), own):
+            raise ValueError(
+                f"the forward of {name or type(model).__name__!r} is a function that was set on the module and holds "
+                "it, so that a copy would go on calling the original; make it a method of a class, or set "
+                "types.MethodType(function_of_self, module)"
+            )
     for module in model.modules():
         for value in tree_leaves(list(module.__dict__.values())):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
+
+
+def _holds_one_of(value: Any, modules: set[int], depth: int = 4) -> bool:
+    """Return whether a function has one of ``modules``, or a method of one, around it: what it names or closes over."""
+    if not isinstance(value, FunctionType) or not depth:
+        return False
+    names = (value.__globals__.get(name) for name in value.__code__.co_names)
+    held = [*(value.__defaults__ or ()), *(v for v in names if not isinstance(v, FunctionType))]
+    for cell in value.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return any(id(getattr(v, "__self__", v)) in modules or _holds_one_of(v, modules, depth - 1) for v in held)
 
 
 def leave_fast_paths(model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 from tensors import randn
@@ -146,3 +148,28 @@ def test_weights_that_no_known_layer_holds_are_told(method: str, caplog: pytest.
     left = lq.quantize_model(known, lq.QuantizationPlan(rules, base="int8_weight_only"))
     assert lq.ptq_report(left).notes == ()
     assert not caplog.text
+
+
+def test_a_forward_that_names_the_model_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(16, 4))
+    monkeypatch.setitem(globals(), "as_it_was", model.forward)  # as in a notebook
+    model.forward = lambda inputs: as_it_was(inputs) * 2  # type: ignore[name-defined]  # noqa: F821
+    with pytest.raises(ValueError, match="the forward of 'Sequential' is a function that was set on the module"):
+        lq.quantize_model(model, lq.QuantizationConfig("int4"))
+
+
+@pytest.mark.parametrize("where", ["", "2"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_forward_that_holds_the_model_is_told(where: str, method: str) -> None:
+    x, config = randn(9, 16), lq.QuantizationConfig("int4", group_size=8)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    module = model.get_submodule(where)
+    before, right = module.forward, model(x)
+    module.forward = lambda inputs: before(inputs) * 2  # a copy of the model would compute with this one's layers
+    named = "'2'" if where else "'Sequential'"
+    with pytest.raises(ValueError, match=f"the forward of {named} is a function that was set on the module"):
+        lq.quantize_model(model, config, [x], method)
+    twice = type(module).forward
+    module.forward = MethodType(lambda self, inputs: twice(self, inputs) * 2, module)
+    made = lq.quantize_model(model, config, [x], method)
+    assert 10 < lq.sqnr(2 * right, made(x)) < 60
