@@ -199,7 +199,7 @@ def _part(output: Any, which: str | int | None) -> Tensor:
     if which is None and not isinstance(output, Tensor):
         which = "logits"
     if isinstance(which, int) or (isinstance(which, str) and isinstance(output, Mapping)):
-        known = range(len(output)) if isinstance(output, Sequence) else output
+        known = range(-len(output), len(output)) if isinstance(output, Sequence) else output
         found = output[which] if which in known else None
     elif isinstance(which, str):
         found = getattr(output, which, None)
