@@ -20,7 +20,7 @@ from lightning_qat.quantizers.batch_range import BatchRange
 from lightning_qat.quantizers.clipping import LearnedClipping
 from lightning_qat.quantizers.debug import callback_of_environment, tell
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
-from lightning_qat.quantizers.learned_scale import LearnedScale, gradient_factor
+from lightning_qat.quantizers.learned_scale import LearnedScale, gradient_factor, of_observed_range
 from lightning_qat.quantizers.observers import make_observer
 from lightning_qat.quantizers.state import QuantizationState, check_same_format
 from lightning_qat.schemes import Scheme, TensorFormat, get_scheme, input_format
@@ -268,8 +268,8 @@ class ActivationQuantizer(FakeQuantizer):
         learned, observer = self.learned, self.observer
         if learned is not None and observer is not None and self.calibrated:
             # What was learned stays: the scale moves as that of least error does from the old bits to the new.
-            before, _ = observer.get_quantization_params(self._format.symmetric, self.bits)
-            after, _ = observer.get_quantization_params(self._format.symmetric, bits)
+            before, _ = of_observed_range(observer, self.bits, self._format.symmetric)
+            after, _ = of_observed_range(observer, bits, self._format.symmetric)
             scale, zero_point = learned.scale() * (after / before), learned.zero_point(self.bits)
             learned.store(scale, zero_point, self.bits)
             self._set_bits(bits)
@@ -282,10 +282,12 @@ class ActivationQuantizer(FakeQuantizer):
     def refresh(self) -> tuple[Tensor, Tensor]:
         """Set scale and zero point from the observed range; return them as fresh tensors."""
         observer: Any = self.observer  # only called where there is one
-        if self.scheme.searches_ranges:
-            scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
-        else:
+        if not self.scheme.searches_ranges:
             scale, zero_point = self.scheme.parameters_of_range(observer.min_val, observer.max_val, self._format)
+        elif self.learned is not None:
+            scale, zero_point = of_observed_range(observer, self.bits, self._format.symmetric)
+        else:
+            scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
         self._store(scale, zero_point)
         return (scale, zero_point) if self.learned is None else (self.scale, self.zero_point)
 

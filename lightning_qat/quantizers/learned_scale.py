@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.ops.layout import resolve_layout
 from lightning_qat.ops.straight_through import fake_quantize_kernel, learned_gradients
+from lightning_qat.quantizers.observers import Observer
 from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.schemes import Scheme, TensorFormat, rows_of, scale_shape
 
@@ -231,6 +232,20 @@ def least_error_parameters(x: Tensor, scheme: Scheme, fmt: TensorFormat) -> tupl
     best, _ = _best(best, [(i - _FINE / 2) * 2 * step / _FINE for i in range(1, _FINE)], error_of, least)
     scale, zero = scheme.parameters(low * best, high * best, fmt)
     return scale.reshape(shape), zero.reshape(shape)
+
+
+@torch.no_grad()
+def of_observed_range(observer: Observer, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of what ``observer`` saw: of zeros alone, those of a range from -1 to 1.
+
+    Layers that begin with zeros give such inputs, which then grow: with the scale 1 that a range of 0 otherwise gives
+    they would all be rounded to 0.
+    """
+    scale, zero_point = observer.get_quantization_params(symmetric, bits)
+    low, high = quant_range(bits, symmetric)
+    empty = ((observer.min_val == 0) & (observer.max_val == 0)).view_as(scale)
+    middle = torch.full_like(zero_point, 0 if symmetric else 2 ** (bits - 1))
+    return torch.where(empty, 2.0 / (high - low), scale), torch.where(empty, middle, zero_point)
 
 
 def _range_of_zeros(x: Tensor, ranges: Tensor, fmt: TensorFormat) -> Tensor:

@@ -307,3 +307,18 @@ def test_a_layer_of_zeros_trains():
         loss.backward()
         optimizer.step()
     assert loss < 0.05 * (x @ target.t()).square().mean()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("pact", [None, 0.0])
+def test_inputs_of_zeros_begin_with_a_range_to_grow_into(symmetric, pact):
+    config = lq.QuantizationConfig("int8", bits=4, symmetric=symmetric, learnable=True, pact_decay=pact)
+    quantizer = ActivationQuantizer(config, "after_zeros")
+    zeros = torch.zeros(2, 8)
+    assert torch.equal(quantizer(zeros), zeros)
+    levels = 15
+    torch.testing.assert_close(quantizer.scale, torch.tensor(2 / levels), rtol=1e-6, atol=0)
+    grown = torch.tensor([[-1.0, -0.2, 0.1, 0.9]])
+    assert (quantizer(grown) - grown).abs().max() <= 1.001 / levels
+    quantizer.set_bits(8)
+    assert quantizer.scale == pytest.approx(2 / (254 if symmetric else 255), rel=1e-5)
