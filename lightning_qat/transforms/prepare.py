@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
     memo = {} if memo is None else memo
     own = {id(module) for module in model.modules()}
     for name, module in model.named_modules():
-        if _holds_one_of(module.__dict__.get("forward"), own):
+        patched = module.__dict__.get("forward")
+        if _compiled_method(patched, module) is None and _holds_one_of(patched, own):
             raise ValueError(
                 f"the forward of {name or type(model).__name__!r} is a function that was set on the module and holds "
                 "it, so that a copy would go on calling the original; make it a method of a class, or set "
@@ -54,7 +55,26 @@ def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
         for value in tree_leaves(list(module.__dict__.values())):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module, twin in zip(model.modules(), copied.modules(), strict=True):
+        _uncompile(module, twin)
+    return copied
+
+
+def _uncompile(module: nn.Module, twin: nn.Module) -> None:
+    """Give a copy its own methods where those of ``module`` are compiled, as Lightning does and leaves them."""
+    for name, value in list(module.__dict__.items()):
+        method = _compiled_method(value, module)
+        if method is not None:
+            twin.__dict__[name] = MethodType(method.__func__, twin)
+    if "_compiler_ctx" in twin.__dict__:
+        twin.__dict__["_compiler_ctx"] = None
+
+
+def _compiled_method(value: Any, module: nn.Module) -> Any:
+    """Return the method of ``module`` that ``torch.compile`` made ``value`` of, or None."""
+    method = getattr(value, "_torchdynamo_orig_callable", None) if isinstance(value, FunctionType) else None
+    return method if isinstance(method, MethodType) and method.__self__ is module else None
 
 
 def _holds_one_of(value: Any, modules: set[int], depth: int = 4) -> bool:
