@@ -17,8 +17,9 @@ from ._timing import Conditions, Results, Timing, rated
 
 #: Peers on another grid are this much worse than the definition at most, in dB.
 _WORSE_DB = 1.0
-#: Share of a peer's codes that may differ on a GPU, whose own reciprocal is not exact.
-_DIFFERENT_ON_GPU = 1e-4
+#: Share of a peer's codes that may differ on a GPU, whose own reciprocal is not exact. Of bfloat16 values many lie on a
+#: threshold exactly: 3e-4 of bitsandbytes' fp4 codes differed on an H100.
+_DIFFERENT_ON_GPU = 1e-3
 
 
 def convert_group(conditions: Conditions, formats: tuple[Format, ...] | None = None) -> Results:

@@ -56,7 +56,7 @@ _WIDTH = 100
 
 
 def benchmark(cfg: DictConfig) -> Results:
-    """Run the groups one after the other; verify numbers, time, print a table and write ``benchmark.json``."""
+    """Run the groups one after the other; verify numbers, time, write ``benchmark.json`` after each, print a table."""
     for group in cfg.groups:
         if group not in GROUPS:
             raise ConfigError(f"groups={group!r} is not known{nearest(group, GROUPS)}")
@@ -66,15 +66,16 @@ def benchmark(cfg: DictConfig) -> Results:
     gauge = Gauge(device)
     facts = machine(cfg.rounds, _PACKAGES, gauge)
     conditions = Conditions(cfg.rounds, device, cfg.size, gauge)
-    results = sum((GROUPS[group](conditions) for group in cfg.groups), Results())
     still = [group for group in cfg.groups if group in _ON_CPU and device != CPU]
-    if still:
-        results += Results(notes=[f"{' and '.join(still)}: on the CPU, with device={device.type} too"])
-    path = Path(cfg.output_dir) / "benchmark.json"
-    found = {"timings": [asdict(timing) for timing in results.timings], "notes": list(results.notes)}
-    _write(path, {"machine": facts, "commit": source_commit(), "rounds": cfg.rounds, "size": cfg.size, **found})
-    _show(facts, results, path)
-    return results
+    notes = [f"{' and '.join(still)}: on the CPU, with device={device.type} too"] if still else []
+    path, results, found = Path(cfg.output_dir) / "benchmark.json", Results(), Results(notes=notes)
+    about = {"machine": facts, "commit": source_commit(), "rounds": cfg.rounds, "size": cfg.size}
+    for group in cfg.groups:  # a later one may fail, or outlast the machine's lease
+        results += GROUPS[group](conditions)
+        found = Results(results.timings, [*results.notes, *notes])
+        _write(path, {**about, "timings": [asdict(t) for t in found.timings], "notes": list(found.notes)})
+    _show(facts, found, path)
+    return found
 
 
 def chosen_device(name: str) -> torch.device:

@@ -66,37 +66,44 @@ def _scaled_tile(
     x_ptr, absmax_ptr, numel, least_absmax, BLOCK: tl.constexpr, ROWS: tl.constexpr, GIVEN: tl.constexpr,
     DIVIDE_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Return a ``[ROWS, BLOCK]`` tile divided by its blocks' absmax, and which of it exists; store the absmax."""
+    """Return the elements of ``ROWS`` blocks, each divided by its absmax, one-dimensional; store the absmax.
+
+    In one dimension what is looked up for an element stays in its thread: of a two-dimensional look-up Triton
+    changes the layout, through shared memory, there and back.
+    """
     tile = tl.program_id(0).to(tl.int64)
     first = tile * (ROWS * BLOCK)
     left = tl.minimum(numel - first, ROWS * BLOCK).to(tl.int32)
-    rows = tl.arange(0, ROWS)[:, None]
-    offsets = rows * BLOCK + tl.arange(0, BLOCK)[None, :]
-    exists = offsets < left
-    x = tl.load(x_ptr + first + offsets, mask=exists, other=0.0).to(tl.float32)
-    row_exists = rows * BLOCK < left
-    at = absmax_ptr + tile * ROWS + rows
-    absmax = tl.load(at, mask=row_exists, other=1.0) if GIVEN else magnitude(x, 1)[:, None]
+    flat = tl.arange(0, ROWS * BLOCK)
+    x = tl.load(x_ptr + first + flat, mask=flat < left, other=0.0).to(tl.float32)
+    x = tl.reshape(x, (ROWS, BLOCK))
+    row = tl.arange(0, ROWS)
+    row_exists = row * BLOCK < left
+    at = absmax_ptr + tile * ROWS + row
+    absmax = tl.load(at, mask=row_exists, other=1.0) if GIVEN else magnitude(x, 1)
     divisor = tl.maximum(absmax, least_absmax, propagate_nan=tl.PropagateNan.ALL)
-    y = x * tl.div_rn(tl.full((ROWS, 1), 1.0, tl.float32), divisor)
+    y = x * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), divisor)[:, None]
     if DIVIDE_LAST:
-        short = (rows + 1) * BLOCK > left
+        short = (row + 1) * BLOCK > left
         if left < ROWS * BLOCK:  # only the last program pays for the divisions
-            y = tl.where(short, tl.div_rn(x, tl.broadcast_to(divisor, x.shape)), y)
+            y = tl.where(short[:, None], tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape)), y)
         absmax = tl.where(short, divisor, absmax)
     if not GIVEN:
         tl.store(at, absmax, mask=row_exists)
-    return y, exists
+    return tl.reshape(y, (ROWS * BLOCK,))
 
 
 @triton.jit
 def codebook_quantize_4bit_kernel(
     x_ptr, absmax_ptr, cells_ptr, packed_ptr, numel, least_absmax,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_CODE: tl.constexpr,
-    GIVEN: tl.constexpr, DIVIDE_LAST: tl.constexpr, ODD: tl.constexpr,
+    GIVEN: tl.constexpr, DIVIDE_LAST: tl.constexpr, WHOLE: tl.constexpr, ODD: tl.constexpr,
 ):  # fmt: skip
-    """Codes of ``ROWS`` blocks: one table look-up for the cell, then STEPS comparisons within it."""
-    y, exists = _scaled_tile(x_ptr, absmax_ptr, numel, least_absmax, BLOCK, ROWS, GIVEN, DIVIDE_LAST)
+    """Codes of ``ROWS`` blocks: one table look-up for the cell, then STEPS comparisons within it.
+
+    WHOLE: all blocks have all their elements, so that one comparison is enough for the bytes that a thread stores.
+    """
+    y = _scaled_tile(x_ptr, absmax_ptr, numel, least_absmax, BLOCK, ROWS, GIVEN, DIVIDE_LAST)
     clamped = tl.minimum(tl.maximum(y, -1.0), 1.0)
     cell = (clamped * _CELL_SCALE + _CELL_MAGIC).to(tl.int32, bitcast=True) & (_CELLS - 1)
     word = tl.load(cells_ptr + cell)
@@ -104,15 +111,16 @@ def codebook_quantize_4bit_kernel(
         threshold = tl.load(cells_ptr + cell + _CELLS * (1 + step)).to(tl.float32, bitcast=True)
         word = tl.where(clamped > threshold, word >> 4, word)
     code = tl.where(y == y, word & 15, NAN_CODE)
-    if ODD:
-        code = tl.where(exists, code, ZERO_CODE)
-    high, low = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
-    packed = ((high << 4) | low).to(tl.uint8)
     tile = tl.program_id(0).to(tl.int64)
-    first = tile * (ROWS * BLOCK // 2)
-    left = tl.minimum((numel + 1) // 2 - first, ROWS * BLOCK // 2).to(tl.int32)
-    offsets = tl.arange(0, ROWS)[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    tl.store(packed_ptr + first + offsets, packed, mask=offsets < left)
+    first = tile * (ROWS * BLOCK)
+    left = tl.minimum(numel - first, ROWS * BLOCK).to(tl.int32)
+    if ODD:
+        code = tl.where(tl.arange(0, ROWS * BLOCK) < left, code, ZERO_CODE)
+    high, low = tl.split(tl.reshape(code, (ROWS * BLOCK // 2, 2)))
+    packed = ((high << 4) | low).to(tl.uint8)
+    pair = tl.arange(0, ROWS * BLOCK // 2)
+    exists = pair // (BLOCK // 2) * BLOCK < left if WHOLE else 2 * pair < left
+    tl.store(packed_ptr + first // 2 + pair, packed, mask=exists)
 
 
 @triton.jit
@@ -121,15 +129,16 @@ def codebook_quantize_8bit_kernel(
     BLOCK: tl.constexpr, ROWS: tl.constexpr, NAN_CODE: tl.constexpr, GIVEN: tl.constexpr, DIVIDE_LAST: tl.constexpr,
 ):  # fmt: skip
     """Codes of ``ROWS`` blocks by halving: eight look-ups among 255 thresholds, which stay in the L1 cache."""
-    y, exists = _scaled_tile(x_ptr, absmax_ptr, numel, least_absmax, BLOCK, ROWS, GIVEN, DIVIDE_LAST)
+    y = _scaled_tile(x_ptr, absmax_ptr, numel, least_absmax, BLOCK, ROWS, GIVEN, DIVIDE_LAST)
     code = tl.zeros(y.shape, tl.int32)
     for bit in tl.static_range(7, -1, -1):
         middle = code + (1 << bit)
         code = tl.where(y > tl.load(thresholds_ptr + middle - 1), middle, code)
     code = tl.where(y == y, code, NAN_CODE)
-    offsets = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     first = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
-    tl.store(codes_ptr + first + offsets, code.to(tl.uint8), mask=exists)
+    flat = tl.arange(0, ROWS * BLOCK)
+    left = tl.minimum(numel - first, ROWS * BLOCK).to(tl.int32)
+    tl.store(codes_ptr + first + flat, code.to(tl.uint8), mask=flat < left)
 
 
 @triton.jit
@@ -215,7 +224,7 @@ def launch_codebook_quantize(
             steps, odd = search.numel() // _CELLS.value - 1, numel % 2 == 1
             codebook_quantize_4bit_kernel[grid](
                 x, scales, search, codes, numel, least_absmax,
-                **shared, STEPS=steps, ZERO_CODE=zero_code, ODD=odd, **options,
+                **shared, STEPS=steps, ZERO_CODE=zero_code, WHOLE=numel % block_size == 0, ODD=odd, **options,
             )  # fmt: skip
         else:
             codebook_quantize_8bit_kernel[grid](x, scales, search, codes, numel, least_absmax, **shared, **options)
@@ -270,7 +279,7 @@ def _tuned() -> dict[str, Tuned]:
     found = {}
     for block in (64, 4096):
         size = {"BLOCK": block, "ROWS": max(1, _TILE // block)}
-        extra = {"ZERO_CODE": 7, "ODD": False, "STEPS": 1}
+        extra = {"ZERO_CODE": 7, "WHOLE": True, "ODD": False, "STEPS": 1}
         kernels = {
             f"nf4_quantize_{block}": (codebook_quantize_4bit_kernel, four, {**size, **rule, **extra}),
             f"dynamic_quantize_{block}": (codebook_quantize_8bit_kernel, eight, {**size, **rule}),

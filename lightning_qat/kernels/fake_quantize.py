@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qat.kernels.arithmetic import clamp, divide, divisor_of, round_half_even, round_small
-from lightning_qat.kernels.launch import EXACT, Tuned, on_device_of
+from lightning_qat.kernels.launch import EXACT, Tuned, launch, on_device_of
 from lightning_qat.kernels.tiles import (
     COLUMN,
     ROW,
@@ -106,19 +106,11 @@ def fake_quantize_triton(
     source, step = lay_like(x, order), as_parameter(scale)
     zero = step if zero_point is None else as_parameter(zero_point)
     with on_device_of(x):
-        fake_quantize_kernel[(tiles.programs,)](
-            source,
-            step,
-            zero,
-            result,
-            tiles.rows,
-            tiles.columns,
-            tiles.channels,
-            tiles.column_tiles,
-            float(quant_min),
-            float(quant_max),
-            HAS_ZERO=zero_point is not None,
-            **tiles.constexprs,
+        launch(
+            fake_quantize_kernel,
+            (tiles.programs,),
+            (source, step, zero, result, *tiles.sizes, float(quant_min), float(quant_max)),
+            {"HAS_ZERO": zero_point is not None, **tiles.constexprs},
             num_warps=tiles.warps,
             **EXACT,
         )
@@ -127,6 +119,8 @@ def fake_quantize_triton(
 
 def as_laid_out(result: Tensor, x: Tensor) -> Tensor:
     """Return ``result`` in the memory layout that ``torch.empty_like(x)`` has."""
+    if result.stride() == x.stride():
+        return result
     wanted = torch.empty_like(x, dtype=result.dtype, device="meta")
     return result if result.stride() == wanted.stride() else torch.empty_like(x, dtype=result.dtype).copy_(result)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_qat.kernels.arithmetic import clamp, divide, divisor_of, round_half_even, round_small
 from lightning_qat.kernels.fake_quantize import SHAPES, as_laid_out
-from lightning_qat.kernels.launch import EXACT, Tuned, blocks_of, on_device_of
+from lightning_qat.kernels.launch import EXACT, Tuned, blocks_of, launch, on_device_of
 from lightning_qat.kernels.tiles import (
     COLUMN,
     Tiles,
@@ -189,32 +189,22 @@ def fake_quantize_backward_triton(
     steps, row_programs, column_programs = _shares(tiles)
     shape = _partial_shape(tiles, row_programs, column_programs)
     step = as_parameter(scale)
-    sums = [torch.empty(shape if n else (0,), dtype=torch.float32, device=x.device) for n in (needs_scale, needs_zero)]
+    sums = [
+        torch.empty(shape, dtype=torch.float32, device=x.device) if needed else step
+        for needed in (needs_scale, needs_zero)
+    ]
     if needs_x or needs_scale or needs_zero:
         with on_device_of(x):
-            fake_quantize_backward_kernel[(row_programs * column_programs,)](
-                lay_like(grad, order),
-                lay_like(x, order),
-                step,
-                step if zero_point is None else as_parameter(zero_point),
-                result,
-                *sums,
-                tiles.rows,
-                tiles.columns,
-                tiles.channels,
-                steps,
-                column_programs,
-                shape[0] if tiles.parameter == COLUMN else shape[1],
-                float(quant_min),
-                float(quant_max),
-                quant_min - EDGE,
-                quant_max + EDGE,
-                HAS_ZERO=zero_point is not None,
-                NEEDS_X=needs_x,
-                NEEDS_SCALE=needs_scale,
-                NEEDS_ZERO=needs_zero,
-                EDGE=EDGE,
-                **tiles.constexprs,
+            zeros = step if zero_point is None else as_parameter(zero_point)
+            parts = shape[0] if tiles.parameter == COLUMN else shape[1]
+            sizes = (tiles.rows, tiles.columns, tiles.channels, steps, column_programs, parts)
+            ends = (float(quant_min), float(quant_max), quant_min - EDGE, quant_max + EDGE)
+            wanted = {"NEEDS_X": needs_x, "NEEDS_SCALE": needs_scale, "NEEDS_ZERO": needs_zero}
+            launch(
+                fake_quantize_backward_kernel,
+                (row_programs * column_programs,),
+                (lay_like(grad, order), lay_like(x, order), step, zeros, result, *sums, *sizes, *ends),
+                {"HAS_ZERO": zero_point is not None, **wanted, "EDGE": EDGE, **tiles.constexprs},
                 num_warps=tiles.warps,
                 **EXACT,
             )
@@ -222,14 +212,12 @@ def fake_quantize_backward_triton(
     over = 0 if tiles.parameter == COLUMN else 1
     return (
         as_laid_out(result, x) if needs_x else x.new_empty(0),
-        _total(sums[0], over, scale, needs_scale),
-        _total(sums[1], over, zero, needs_zero),
+        _total(sums[0], over, scale) if needs_scale else scale.new_empty(0),
+        _total(sums[1], over, zero) if needs_zero else zero.new_empty(0),
     )
 
 
-def _total(sums: Tensor, over: int, parameter: Tensor, needed: bool) -> Tensor:
-    if not needed:
-        return parameter.new_zeros(0)
+def _total(sums: Tensor, over: int, parameter: Tensor) -> Tensor:
     return sums.sum(over).reshape(parameter.shape).to(parameter.dtype)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 #: Options without which codes differ from the definition: a fused multiply-add skips a rounding.
 EXACT = {"enable_fp_fusion": False}
@@ -53,4 +54,42 @@ def blocks_of(size: int, block: int) -> int:
 
 def block_up_to(size: int, most: int) -> int:
     """Return the smallest power of two that holds ``size`` elements, or ``most`` (a power of two) if that is less."""
-    return int(min(most, triton.next_power_of_2(max(size, 1))))
+    return min(most, 1 << (max(size, 1) - 1).bit_length())
+
+
+#: Compiled kernels by all that decides which one a launch needs. Shapes are few; where they are not, the oldest go.
+_COMPILED: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+_MOST_COMPILED = 4096
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constexprs: Mapping[str, Any], **options: Any
+) -> None:
+    """Launch ``kernel``, with less to do where it was launched with the same sizes before.
+
+    Triton finds out at each launch which variant the arguments need, in 50 microseconds of Python and more: as long as
+    a tensor of 100 MB takes. What that depends on is the key here.
+
+    Args:
+        kernel: the ``triton.jit`` function.
+        grid: programs, up to three dimensions.
+        arguments: all that are no constexprs, in their order, a tensor first.
+        constexprs: the others, which follow them, in their order.
+        options: of the compiler.
+    """
+    found = (
+        kernel,
+        arguments[0].get_device(),
+        *constexprs.values(),
+        *options.values(),
+        *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments],
+    )
+    compiled = _COMPILED.get(found)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*arguments, *constexprs.values())
+        return
+    compiled = kernel[grid](*arguments, **constexprs, **options)
+    if isinstance(compiled, CompiledKernel):  # an interpreted one is none
+        _COMPILED[found] = compiled
+        if len(_COMPILED) > _MOST_COMPILED:
+            _COMPILED.popitem(last=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_qat.kernels.arithmetic import magnitude, round_half_even
 from lightning_qat.kernels.fake_quantize import SHAPES, as_laid_out, codes_of
-from lightning_qat.kernels.launch import EXACT, Tuned, on_device_of
+from lightning_qat.kernels.launch import EXACT, Tuned, launch, on_device_of
 from lightning_qat.kernels.tiles import (
     COLUMN,
     Tiles,
@@ -105,21 +105,12 @@ def observe_triton(
     shape = (tiles.row_tiles, tiles.columns) if columns else (tiles.rows, tiles.column_tiles)
     low, high = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
     with on_device_of(x):
-        observe_kernel[(tiles.programs,)](
-            lay_like(x, order),
-            step,
-            step if zero_point is None else as_parameter(zero_point),
-            result,
-            low,
-            high,
-            tiles.rows,
-            tiles.columns,
-            tiles.channels,
-            tiles.column_tiles,
-            float(quant_min),
-            float(quant_max),
-            HAS_ZERO=zero_point is not None,
-            **tiles.constexprs,
+        zero = step if zero_point is None else as_parameter(zero_point)
+        launch(
+            observe_kernel,
+            (tiles.programs,),
+            (lay_like(x, order), step, zero, result, low, high, *tiles.sizes, float(quant_min), float(quant_max)),
+            {"HAS_ZERO": zero_point is not None, **tiles.constexprs},
             num_warps=tiles.warps,
             **EXACT,
         )

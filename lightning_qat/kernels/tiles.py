@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -50,19 +51,24 @@ class Tiles:
     column_block: int
     warps: int
 
-    @property
+    @cached_property
     def row_tiles(self) -> int:
         return blocks_of(self.rows, self.row_block)
 
-    @property
+    @cached_property
     def column_tiles(self) -> int:
         return blocks_of(self.columns, self.column_block)
 
-    @property
+    @cached_property
     def programs(self) -> int:
         return self.row_tiles * self.column_tiles
 
-    @property
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The arguments of a kernel that say how much there is: rows, columns, channels, tiles of a row."""
+        return self.rows, self.columns, self.channels, self.column_tiles
+
+    @cached_property
     def constexprs(self) -> dict[str, int | bool]:
         """The compile-time arguments of a kernel."""
         return {
@@ -103,15 +109,23 @@ def cut_channels(x: Tensor, axis: int, group: int, streams: int = 1) -> tuple[Ti
         group: elements of a run that share a scale, 0 for none.
         streams: tensors like ``x`` that are read at the same time.
     """
-    size = x.dtype.itemsize, streams
+    strides = None if x.is_contiguous() else x.stride()
+    return _cut_dense(x.shape, strides, axis, group, x.dtype.itemsize, streams)
+
+
+@lru_cache(maxsize=4096)
+def _cut_dense(
+    shape: torch.Size, strides: tuple[int, ...] | None, axis: int, group: int, itemsize: int, streams: int
+) -> tuple[Tiles, list[int] | None]:
+    """Do what :func:`cut_channels` does, once for each shape: it took a third of a launch."""
+    size = itemsize, streams
     if group:
-        runs = x.numel() // group
+        runs = shape.numel() // group
         return cut(runs, group, runs, ROW, *size), None
-    strides = x.stride()
-    order = None if x.is_contiguous() else sorted(range(x.dim()), key=lambda d: -strides[d])
+    order = None if strides is None else sorted(range(len(shape)), key=lambda d: -strides[d])
     if axis < 0:
-        return cut(1, x.numel(), 1, TENSOR, *size), order
-    sizes: Sequence[int] = x.shape if order is None else [x.shape[d] for d in order]
+        return cut(1, shape.numel(), 1, TENSOR, *size), order
+    sizes: Sequence[int] = shape if order is None else [shape[d] for d in order]
     at = axis if order is None else order.index(axis)
     before, channels, after = prod(sizes[:at]), sizes[at], prod(sizes[at + 1 :])
     if after == 1:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qat.kernels.arithmetic import clamp, divide, divisor_of, magnitude, round_half_even, round_small
-from lightning_qat.kernels.launch import EXACT, Tuned, block_up_to, blocks_of, on_device_of
+from lightning_qat.kernels.launch import EXACT, Tuned, block_up_to, blocks_of, launch, on_device_of
 
 #: Elements of a row that a program holds, and of all its rows if they are short.
 MOST_COLUMNS, ELEMENTS = 8192, 2048
@@ -133,20 +133,13 @@ def token_quantize_triton(x: Tensor, *, symmetric: bool = True) -> tuple[Tensor,
     codes = torch.empty(x.shape, dtype=torch.int8 if symmetric else torch.uint8, device=x.device)
     scale = torch.empty(kept, dtype=torch.float32, device=x.device)
     zero = scale if symmetric else torch.empty(kept, dtype=torch.int32, device=x.device)
+    ends = (-127.0, 127.0) if symmetric else (0.0, 255.0)
     with on_device_of(x):
-        token_quantize_kernel[(blocks_of(rows, row_block),)](
-            source,
-            codes,
-            scale,
-            zero,
-            rows,
-            columns,
-            blocks_of(columns, column_block),
-            -127.0 if symmetric else 0.0,
-            127.0 if symmetric else 255.0,
-            SYMMETRIC=symmetric,
-            ROWS=row_block,
-            COLUMNS=column_block,
+        launch(
+            token_quantize_kernel,
+            (blocks_of(rows, row_block),),
+            (source, codes, scale, zero, rows, columns, blocks_of(columns, column_block), *ends),
+            {"SYMMETRIC": symmetric, "ROWS": row_block, "COLUMNS": column_block},
             num_warps=warps,
             **EXACT,
         )

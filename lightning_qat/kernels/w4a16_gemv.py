@@ -1,13 +1,14 @@
-"""Few rows times a packed 4-bit weight: bound by reading the weight once, half a byte per element.
+"""One or two rows times a packed 4-bit weight: bound by reading the weight once, half a byte per element.
 
-A thread reads 8 codes of each of 8 or 16 rows of the weight and multiplies them on the float32 units. A nibble
-becomes a float by one logical operation and one multiply-add: its bits in the mantissa of 2**23 are
-2**23 + n * 16**j, from which the multiply-add takes 2**23 and scales by 16**-j, both exactly. Scales, zero points and
-absmax are applied to the sum of 8 products, in float32. With few columns the depth is split, and a second kernel adds
-the parts in order: the result is the same in every run.
+A program keeps the rows, all of them or 8192 elements, in its threads' registers, and walks through rows of the weight,
+four at a time. A nibble becomes a float by one logical operation and one multiply-add: its bits in the mantissa of
+2**23 are 2**23 + n * 16**j, from which the multiply-add takes 2**23 and scales by 16**-j, both exactly. Scales, zero
+points and absmax are applied to the sum of 8 products, in float32. Where the depth is split, a second kernel adds the
+parts in order: the result is the same in every run.
 
-Bytes moved per weight: ``1/2 + 4 / group``; the rows come from L1 and L2. Products and sums are float32, weights are
-exact: nothing is rounded to the dtype of ``x`` before the end.
+Bytes moved per weight: ``1/2 + 4 / group``. Products and sums are float32, weights are exact: nothing is rounded to the
+dtype of ``x`` before the end. Arithmetic: about 43 instructions for the 8 codes of a word on sm_90; more rows than two
+are faster on the matrix units.
 """
 
 from __future__ import annotations
@@ -17,24 +18,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qat.kernels.launch import Tuned, block_up_to, blocks_of, on_device_of
+from lightning_qat.kernels.launch import Tuned, block_up_to, blocks_of, launch, on_device_of
 
 #: Codes of a word: as many share a scale at least.
 WORD = 8
-#: The most rows for which this is the faster way; beyond, matrix units are.
-MOST_ROWS = 4
-#: Columns of a program, which share what is read of ``x``, by rows: as many as the registers hold sums for.
-_COLUMNS = {1: 16, 2: 8, 4: 8}
-_WARPS = 4
-_WORDS = 32 * _WARPS
-#: Programs that keep every multiprocessor of a large GPU reading.
-_PROGRAMS = 512
+#: The most rows for which this is the faster way; beyond, matrix units are. With a codebook it is one: of the look-ups
+#: for two the registers spill.
+MOST_ROWS = 2
+#: Words of a row of the weight that a program reads.
+_LEAST_WORDS, _MOST_WORDS = 128, 1024
+#: Of a warp: 4 for each thread; with a codebook 2, for the look-ups need registers too.
+_WORDS_OF_WARP = {False: 128, True: 64}
+#: Rows of the weight that are read at once.
+_COLUMNS = 4
+#: Times that a program does so, and warps that keep every multiprocessor of a large GPU reading.
+_MOST_STEPS, _ALL_WARPS = 8, 2048
 #: No code depends on these sums, and a multiply-add rounds once instead of twice.
 _FUSED = {"enable_fp_fusion": True}
+#: The bits of 2**23. As an argument it is in a register, and one operation instead of two masks a nibble and puts it
+#: in.
+_MAGIC = 0x4B000000
 
 
 @triton.jit
-def _weights(word, table_ptr, i: tl.constexpr, CODEBOOK: tl.constexpr):
+def _weights(word, table_ptr, magic, i: tl.constexpr, CODEBOOK: tl.constexpr):
     """Return element ``i`` of each word: the table's value, or the code minus 8."""
     if CODEBOOK:  # the high nibble is the even element
         nibble = (word >> (4 * (i ^ 1))) & 15
@@ -42,60 +49,90 @@ def _weights(word, table_ptr, i: tl.constexpr, CODEBOOK: tl.constexpr):
     # Nibbles 0 to 4 lie within the 23 bits of the mantissa where they are; the others after one shift.
     j: tl.constexpr = i if i < 5 else i - 5
     shifted = word if i < 5 else word >> 20
-    bits = (shifted & (15 << (4 * j))) | 0x4B000000
+    bits = (shifted & (15 << (4 * j))) | magic
     unit: tl.constexpr = 16.0**-j
     return bits.to(tl.float32, bitcast=True) * unit - (8388608.0 * unit + 8.0)
 
 
 @triton.jit
+def _elements(x_ptr, exists, WORDS: tl.constexpr):
+    """Return the 8 elements that belong to each word, float32 ``[WORDS]`` each, where the word will be."""
+    x = tl.load(x_ptr + tl.arange(0, WORDS * 8), mask=exists, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (WORDS, 4, 2)))
+    x04, x26 = tl.split(tl.reshape(even, (WORDS, 2, 2)))
+    x15, x37 = tl.split(tl.reshape(odd, (WORDS, 2, 2)))
+    x0, x4 = tl.split(x04)
+    x2, x6 = tl.split(x26)
+    x1, x5 = tl.split(x15)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _total(x):
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
+
+
+@triton.jit
+def _product(word, scale, zero, x, total, table_ptr, magic, CODEBOOK: tl.constexpr, ZERO: tl.constexpr):
+    """Return what each word of a row of the weight adds to its product with ``x``."""
+    products = tl.zeros(word.shape, tl.float32)
+    word = word.to(tl.uint32, bitcast=True)  # whose bits shift down without a sign
+    for i in tl.static_range(8):
+        products += _weights(word, table_ptr, magic, i, CODEBOOK) * x[i]
+    if ZERO:
+        products += (8.0 - zero.to(tl.float32)) * total
+    return products * scale
+
+
+@triton.jit
 def w4a16_gemv_kernel(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr, M, N, K, group, part,
-    CODEBOOK: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
+    x_ptr, words_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr, M, N, K, group_words, steps, magic,
+    CODEBOOK: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_N`` columns of the result, summed over ``part`` words of 8 codes."""
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    column_at = tl.where(column < N, column, 0).to(tl.int64)
-    row = tl.arange(0, ROWS)
-    words, groups = K // 8, K // group
-    end = tl.minimum((split + 1) * part, words)
-    sums = tl.zeros((ROWS, BLOCK_N, WORDS), tl.float32)
-    x_at = x_ptr + row.to(tl.int64)[:, None, None] * K + tl.arange(0, 8)[None, None, :]
-    for first in range(split * part, end, WORDS):
-        # One word for each thread and column, and the same thread holds the 8 elements of x that belong to it: no
-        # exchange between threads. Saying that words are not contiguous keeps 16-byte loads from undoing this.
-        index = tl.max_contiguous(first + tl.arange(0, WORDS), 1)
-        exists = tl.full((WORDS,), True, tl.int1) if EVEN else index < end
-        word = tl.load(words_ptr + column_at[:, None] * words + index[None, :], mask=exists[None, :], other=0)
-        x = tl.load(
-            x_at + 8 * (first + tl.arange(0, WORDS))[None, :, None],
-            mask=exists[None, :, None] & (row < M)[:, None, None],
-            other=0.0,
-        ).to(tl.float32)
-        even, odd = tl.split(tl.reshape(x, (ROWS, WORDS, 4, 2)))
-        x04, x26 = tl.split(tl.reshape(even, (ROWS, WORDS, 2, 2)))
-        x15, x37 = tl.split(tl.reshape(odd, (ROWS, WORDS, 2, 2)))
-        x0, x4 = tl.split(x04)
-        x2, x6 = tl.split(x26)
-        x1, x5 = tl.split(x15)
-        x3, x7 = tl.split(x37)
-        elements = (x0, x1, x2, x3, x4, x5, x6, x7)
-        products = tl.zeros((ROWS, BLOCK_N, WORDS), tl.float32)
-        for i in tl.static_range(8):
-            products += _weights(word, table_ptr, i, CODEBOOK)[None, :, :] * elements[i][:, None, :]
-        scale_at = column_at[:, None] * groups + (index // (group // 8))[None, :]
-        scale = tl.load(scale_ptr + scale_at, mask=exists[None, :], other=0.0)
-        if ZERO:
-            zero = tl.load(zero_ptr + scale_at, mask=exists[None, :], other=0).to(tl.float32)
-            total = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
-            products += (8.0 - zero)[None, :, :] * total[:, None, :]
-        sums += products * scale[None, :, :]
-    value = tl.sum(sums, 2)
-    if BIAS:
-        value += tl.load(bias_ptr + column_at).to(tl.float32)[None, :]
-    out_at = out_ptr + (split * M + row).to(tl.int64)[:, None] * N + column[None, :]
-    tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
+    """``4 * steps`` columns of the result, summed over ``WORDS`` words of 8 codes."""
+    words = K // 8
+    groups, split = words // group_words, tl.program_id(1)
+    start = split * WORDS
+    # Saying that words are not contiguous puts one in each thread and then the next one, where the elements of x that
+    # belong to it are: no exchange between threads. In one dimension, for of more Triton changes the layout.
+    index = tl.max_contiguous(tl.arange(0, WORDS), 1)
+    left = words - start
+    exists = index >= 0 if EVEN else index < left
+    group_of = (start + index) // group_words
+    x_exists = tl.arange(0, WORDS * 8) < left * 8
+    x0 = _elements(x_ptr + 8 * start, x_exists, WORDS)
+    x1, total0 = x0, _total(x0)
+    if ROWS == 2:
+        x1 = _elements(x_ptr + 8 * start + K, x_exists, WORDS)
+    total1 = _total(x1)
+    row_of = tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    out_ptr += split.to(tl.int64) * M * N
+    for step in range(steps):
+        first = (tl.program_id(0) * steps + step) * 4
+        word, scale, zero = (), (), ()
+        for c in tl.static_range(4):
+            column = tl.minimum(first + c, N - 1).to(tl.int64)
+            held = tl.load((words_ptr + start + column * words) + index, mask=exists, other=0)
+            word = word + (held,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no other way
+            at = column * groups + group_of
+            scale = scale + (tl.load(scale_ptr + at, mask=exists, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+            own = tl.load(zero_ptr + at, mask=exists, other=0) if ZERO else 0
+            zero = zero + (own,)  # type: ignore[assignment]  # noqa: RUF005
+        column = first + row_of
+        inside = column < N
+        bias = tl.zeros((2, 2), tl.float32)
+        if BIAS:
+            bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        for r in tl.static_range(ROWS):
+            x, total = (x0, total0) if r == 0 else (x1, total1)
+            p0 = _product(word[0], scale[0], zero[0], x, total, table_ptr, magic, CODEBOOK, ZERO)  # type: ignore[misc]
+            p1 = _product(word[1], scale[1], zero[1], x, total, table_ptr, magic, CODEBOOK, ZERO)  # type: ignore[misc]
+            p2 = _product(word[2], scale[2], zero[2], x, total, table_ptr, magic, CODEBOOK, ZERO)  # type: ignore[misc]
+            p3 = _product(word[3], scale[3], zero[3], x, total, table_ptr, magic, CODEBOOK, ZERO)  # type: ignore[misc]
+            value = tl.sum(tl.join(tl.join(p0, p2), tl.join(p1, p3)), 0) + bias
+            tl.store(out_ptr + r * N + column, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -120,16 +157,21 @@ def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         out: ``[M, N]``.
     """
     with on_device_of(out):
-        add_parts_kernel[(blocks_of(out.numel(), 256),)](
-            parts, parts if bias is None else bias, out, out.numel(), out.shape[1], parts.shape[0],
-            BIAS=bias is not None, BLOCK=256, num_warps=2, **_FUSED,
-        )  # fmt: skip
+        launch(
+            add_parts_kernel,
+            (blocks_of(out.numel(), 256),),
+            (parts, parts if bias is None else bias, out, out.numel(), out.shape[1], parts.shape[0]),
+            {"BIAS": bias is not None, "BLOCK": 256},
+            num_warps=2,
+            **_FUSED,
+        )
     return out
 
 
-def gemv_fits(rows: int, columns: int, group: int) -> bool:
+def gemv_fits(rows: int, columns: int, group: int, *, codebook: bool = False) -> bool:
     """Return whether :func:`launch_w4a16_gemv` takes ``rows`` of ``x`` with ``columns`` and groups of ``group``."""
-    return 0 < rows <= MOST_ROWS and columns % WORD == 0 and group % WORD == 0 and columns % group == 0
+    most = 1 if codebook else MOST_ROWS
+    return 0 < rows <= most and columns % WORD == 0 and group % WORD == 0 and columns % group == 0
 
 
 def launch_w4a16_gemv(
@@ -157,21 +199,24 @@ def launch_w4a16_gemv(
     """
     m, k = x.shape
     n, words = packed.numel() * 2 // k, k // WORD
-    rows = block_up_to(m, MOST_ROWS)
-    columns = _COLUMNS[rows]
-    tiles, steps = blocks_of(n, columns), blocks_of(words, _WORDS)
-    split = min(steps, split or blocks_of(_PROGRAMS, tiles))
-    part = blocks_of(steps, split) * _WORDS
-    split = blocks_of(words, part)
+    block = max(_LEAST_WORDS, block_up_to(blocks_of(words, split or 1), _MOST_WORDS))
+    warps, split = block // _WORDS_OF_WARP[table is not None], blocks_of(words, block)
+    steps = min(_MOST_STEPS, blocks_of(blocks_of(n, _COLUMNS) * split * warps, _ALL_WARPS))
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     target = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     own_bias = bias if split == 1 else None
+    given = [scale if t is None else t for t in (zero_point, table, own_bias)]
     with on_device_of(x):
-        w4a16_gemv_kernel[(tiles, split)](
-            x, packed.view(torch.int32), scale, scale if zero_point is None else zero_point,
-            scale if table is None else table, scale if own_bias is None else own_bias, target, m, n, k, group, part,
-            CODEBOOK=table is not None, ZERO=zero_point is not None, BIAS=own_bias is not None,
-            EVEN=words % part == 0, ROWS=rows, BLOCK_N=columns, WORDS=_WORDS, num_warps=_WARPS, **_FUSED,
+        launch(
+            w4a16_gemv_kernel,
+            (blocks_of(n, _COLUMNS * steps), split),
+            (x, packed.view(torch.int32), scale, *given, target, m, n, k, group // WORD, steps, _MAGIC),
+            {
+                "CODEBOOK": table is not None, "ZERO": zero_point is not None, "BIAS": own_bias is not None,
+                "EVEN": words % block == 0, "ROWS": m, "WORDS": block,
+            },
+            num_warps=warps,
+            **_FUSED,
         )  # fmt: skip
     return out if split == 1 else add_parts(target, bias, out)
 
@@ -179,14 +224,18 @@ def launch_w4a16_gemv(
 def _tuned() -> dict[str, Tuned]:
     signature = {"x_ptr": "*bf16:16", "words_ptr": "*i32:16", "zero_ptr": "*i32:16", "out_ptr": "*bf16:16"}
     signature |= dict.fromkeys(("scale_ptr", "table_ptr", "bias_ptr"), "*fp32:16")
-    signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "group": "i32:16", "part": "i32:16"}
+    signature |= {"N": "i32:16", "K": "i32:16", "group_words": "i32:16", "steps": "i32", "magic": "i32:16"}
     found = {}
-    for rows in (1, 2, 4):
+    for rows in (1, 2):
         for name, codebook, zero in (("symmetric", False, False), ("zero", False, True), ("codebook", True, False)):
+            if codebook and rows > 1:
+                continue
             constexprs: dict[str, int] = {"CODEBOOK": codebook, "ZERO": zero, "BIAS": True, "EVEN": True}
-            constexprs |= {"ROWS": rows, "BLOCK_N": _COLUMNS[rows], "WORDS": _WORDS}
+            constexprs |= {"ROWS": rows, "WORDS": _MOST_WORDS} | ({"M": 1} if rows == 1 else {})
+            types = signature if rows == 1 else {**signature, "M": "i32"}
+            warps = _MOST_WORDS // _WORDS_OF_WARP[codebook]
             found[f"{name}-{rows}"] = Tuned(
-                kernel=w4a16_gemv_kernel, signature=signature, constexprs=constexprs, num_warps=_WARPS, options=_FUSED
+                kernel=w4a16_gemv_kernel, signature=types, constexprs=constexprs, num_warps=warps, options=_FUSED
             )
     return found
 

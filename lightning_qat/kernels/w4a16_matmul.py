@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qat.kernels.launch import Tuned, blocks_of, on_device_of
+from lightning_qat.kernels.launch import Tuned, blocks_of, launch, on_device_of
 from lightning_qat.kernels.w4a16_gemv import add_parts, gemv_fits, launch_w4a16_gemv
 
 #: No code depends on these sums, and a multiply-add rounds once instead of twice.
@@ -95,16 +95,17 @@ class Tile:
 
 #: By the rows up to which they are taken; the depth of a step is cut down to one group.
 TILES = (
-    Tile(16, 64, 128, warps=4, stages=4),
-    Tile(64, 64, 64, warps=4, stages=4),
-    Tile(128, 128, 64, warps=8, stages=3),
+    Tile(16, 64, 128, warps=4, stages=3),
+    Tile(64, 64, 128, warps=4, stages=3),
+    Tile(128, 64, 128, warps=8, stages=3),
 )
 #: float32 goes through the multiply-add units, whose operands both lie in registers.
 _FLOAT32 = Tile(16, 32, 32, warps=4, stages=2)
-#: Steps shallower than this feed the matrix units badly, or not at all.
-_LEAST_K = 16
+#: Steps shallower than this feed the matrix units badly, and wrongly: bfloat16 products of depth 16 with operands from
+#: registers differed on an H100 (Triton 3.6).
+_LEAST_K = 32
 #: Programs that keep every multiprocessor of a large GPU busy.
-_PROGRAMS = 256
+_PROGRAMS = 512
 
 
 def choose_tile(m: int, dtype: torch.dtype) -> Tile:
@@ -152,7 +153,7 @@ def launch_w4a16_matmul(
     n = 2 * packed.numel() // k
     x, packed, scale = x.contiguous(), packed.contiguous(), scale.to(torch.float32).contiguous()
     zero = _unsigned_zero(scale, zero_point, table, signed)
-    if tile is None and gemv_fits(m, k, group_size):
+    if tile is None and gemv_fits(m, k, group_size, codebook=table is not None):
         return launch_w4a16_gemv(x, packed, scale, zero, table, bias, group=group_size, split=split)
     tile = tile or choose_tile(m, x.dtype)
     # A step lies within one group if its depth divides the group's, or if the row is one group.
@@ -166,13 +167,20 @@ def launch_w4a16_matmul(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     target = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     own_bias = bias if split == 1 else None
+    given = [scale if t is None else t for t in (zero, table, own_bias)]
     with on_device_of(x):
-        w4a16_matmul_kernel[(tiles, split)](
-            x, packed, scale, scale if zero is None else zero, scale if table is None else table,
-            scale if own_bias is None else own_bias, target, m, n, k, group_size, part,
-            CODEBOOK=table is not None, SIGNED=zero is None, ZERO=zero is not None, BIAS=own_bias is not None,
-            WHOLE=whole, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=depth, GROUP=8,
-            num_warps=tile.warps, num_stages=tile.stages, **_FUSED,
+        launch(
+            w4a16_matmul_kernel,
+            (tiles, split),
+            (x, packed, scale, *given, target, m, n, k, group_size, part),
+            {
+                "CODEBOOK": table is not None, "SIGNED": zero is None, "ZERO": zero is not None,
+                "BIAS": own_bias is not None, "WHOLE": whole,
+                "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": depth, "GROUP": 8,
+            },
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **_FUSED,
         )  # fmt: skip
     return out if split == 1 else add_parts(target, bias, out)
 

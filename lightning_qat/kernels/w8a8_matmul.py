@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qat.kernels.launch import CAPABILITIES, EXACT, Tuned, blocks_of, on_device_of
+from lightning_qat.kernels.launch import CAPABILITIES, EXACT, Tuned, blocks_of, launch, on_device_of
 
 
 @triton.jit
@@ -182,13 +182,20 @@ def launch_w8a8_matmul(
     if zero is not None and b_sums is None:
         b_sums = b.sum(1, dtype=torch.int32)
     tile = tile or choose_tile(m, n, *limits_of(a))
+    given = (out if bias is None else bias.contiguous(), a if zero is None else zero, a if b_sums is None else b_sums)
     with on_device_of(a):
-        w8a8_matmul_kernel[(blocks_of(m, tile.m) * blocks_of(n, tile.n),)](
-            a, b, out, *scales, out if bias is None else bias.contiguous(), a if zero is None else zero,
-            a if b_sums is None else b_sums, m, n, k,
-            A_PER_ROW=a_scale.numel() > 1, B_PER_ROW=b_scale.numel() > 1, BIAS=bias is not None,
-            ZERO=zero is not None, ZERO_PER_ROW=zero is not None and zero.numel() > 1, EVEN_K=k % tile.k == 0,
-            **tile.constexprs(), num_warps=tile.warps, num_stages=tile.stages, **EXACT,
+        launch(
+            w8a8_matmul_kernel,
+            (blocks_of(m, tile.m) * blocks_of(n, tile.n),),
+            (a, b, out, *scales, *given, m, n, k),
+            {
+                "A_PER_ROW": a_scale.numel() > 1, "B_PER_ROW": b_scale.numel() > 1, "BIAS": bias is not None,
+                "ZERO": zero is not None, "ZERO_PER_ROW": zero is not None and zero.numel() > 1,
+                "EVEN_K": k % tile.k == 0, **tile.constexprs(),
+            },
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **EXACT,
         )  # fmt: skip
     return out
 

@@ -41,22 +41,31 @@ def choose_scale_zero_point(low: Tensor, high: Tensor, *, bits: int, symmetric: 
     if low.shape != high.shape:
         raise ValueError(f"low has shape {tuple(low.shape)} and high {tuple(high.shape)}; they must be equal")
     quant_min, quant_max = quant_range(bits, symmetric)
+    if symmetric:
+        return scale_of_absmax(torch.maximum(-low.to(torch.float32), high.to(torch.float32)), bits), None
     low = low.to(torch.float32).clamp(_FLOAT32.min, 0.0)
     high = high.to(torch.float32).clamp(0.0, _FLOAT32.max)
-    if symmetric:
-        absmax = torch.maximum(-low, high)
-        scale = _divide(absmax, quant_max if bits >= 8 else quant_max + 0.5)
-        empty = absmax == 0
-    else:
-        # high - low may overflow; their quotients do not.
-        scale = _divide(high, quant_max) - _divide(low, quant_max)
-        empty = high == low
-    scale = torch.where(empty, 1.0, scale.clamp_min(_FLOAT32.tiny))
-    if symmetric:
-        return scale, None
+    # high - low may overflow; their quotients do not.
+    scale = _divide(high, quant_max) - _divide(low, quant_max)
+    scale = torch.where(high == low, 1.0, scale.clamp_min(_FLOAT32.tiny))
     zero_point = torch.round(-low / scale).clamp(quant_min, quant_max)
     # NaN has no integer: what it becomes differs between devices.
     return scale, torch.nan_to_num(zero_point, nan=0.0).to(torch.int32)
+
+
+def scale_of_absmax(absmax: Tensor, bits: int) -> Tensor:
+    """Return the scale of :func:`choose_scale_zero_point` for symmetric ranges.
+
+    Each operation of this is a launch on a GPU, for numbers that are few.
+
+    Args:
+        absmax: the largest magnitudes, float32; a negative one is taken for 0.
+        bits: 2 to 16.
+    """
+    quant_max = quant_range(bits, True)[1]
+    absmax = absmax.clamp(0.0, _FLOAT32.max)
+    scale = _divide(absmax, quant_max if bits >= 8 else quant_max + 0.5)
+    return torch.where(absmax == 0, 1.0, scale.clamp_min(_FLOAT32.tiny))
 
 
 def _divide(values: Tensor, divisor: float) -> Tensor:

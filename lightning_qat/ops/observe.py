@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op, reference_fake_quantize
+from lightning_qat.ops.fake_quantize import fake_quantize_op, reference_fake_quantize
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
+from lightning_qat.ops.straight_through import input_gradient
 
 #: Where one pass takes less than two; a CPU's kernels go over memory several times anyway.
 ONE_PASS_DEVICES = frozenset({"cuda"})
@@ -54,8 +55,11 @@ def observe_fake_quantize_cuda(
     return result, low.reshape(()), high.reshape(())
 
 
+#: What the dispatcher would come to for a plain tensor of the device, see ``straight_through``.
+_KERNELS: dict[str, Any] = {}
 if HAS_TRITON:
     observe_fake_quantize_op.register_kernel("cuda")(observe_fake_quantize_cuda)
+    _KERNELS["cuda"] = observe_fake_quantize_cuda
 
 
 class _Observed(torch.autograd.Function):
@@ -65,15 +69,15 @@ class _Observed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.grid = grid
         ctx.save_for_backward(x, scale, zero_point)
-        result, low, high = observe_fake_quantize_op(x, scale, zero_point, *grid)
+        result, low, high = _KERNELS.get(x.device.type, observe_fake_quantize_op)(x, scale, zero_point, *grid)
         ctx.mark_non_differentiable(low, high)
         return result, low, high
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        needs = [True, False, False]
-        return fake_quantize_backward_op(grad, *ctx.saved_tensors, *ctx.grid, -1, 0, needs)[0], None, None, None
+        x, scale, zero_point = ctx.saved_tensors
+        return input_gradient(grad, x, scale, zero_point, (*ctx.grid, -1, 0)), None, None, None
 
 
 def observe_fake_quantize_through(
@@ -91,4 +95,5 @@ def observe_fake_quantize_through(
     if torch.is_grad_enabled() and x.requires_grad:
         observed: tuple[Tensor, Tensor, Tensor] = _Observed.apply(x, scale, zero_point, (quant_min, quant_max))
         return observed
-    return observe_fake_quantize_op(x, scale, zero_point, quant_min, quant_max)
+    kernel = _KERNELS.get(x.device.type, observe_fake_quantize_op)
+    return kernel(x, scale, zero_point, quant_min, quant_max)

@@ -16,10 +16,13 @@ from torch.autograd.function import once_differentiable
 from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op
 from lightning_qat.ops.fake_quantize_cpu import fake_quantize_backward_cpu, fake_quantize_cpu, input_ends
+from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON, fake_quantize_backward_cuda, fake_quantize_cuda
 from lightning_qat.ops.layout import empty_result
 
 #: What the dispatcher would come to for a plain tensor of the device; others go through it.
 _KERNELS = {"cpu": (fake_quantize_cpu, fake_quantize_backward_cpu)}
+if HAS_TRITON:
+    _KERNELS["cuda"] = (fake_quantize_cuda, fake_quantize_backward_cuda)
 _OPS = (fake_quantize_op, fake_quantize_backward_op)
 
 _ONLY_X = [True, False, False]

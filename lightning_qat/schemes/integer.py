@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine
-from lightning_qat.ops.fake_quantize import fake_quantize, fake_quantize_backward_op, quant_range
+from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine, scale_of_absmax
+from lightning_qat.ops.fake_quantize import fake_quantize, quant_range
 from lightning_qat.ops.int4_dequantize import dequantize_int4, int4_run
 from lightning_qat.ops.layout import resolve_layout
 from lightning_qat.ops.stochastic import quantize_affine_stochastically
-from lightning_qat.ops.straight_through import fake_quantize_through
+from lightning_qat.ops.straight_through import fake_quantize_through, input_gradient
 from lightning_qat.schemes.base import Scheme, _register
 from lightning_qat.schemes.format import TensorFormat
 
@@ -34,6 +34,12 @@ class IntegerScheme(Scheme):
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
         return scale, zero_point
+
+    def parameters_of_range(self, low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
+        if not fmt.symmetric or type(self).parameters is not IntegerScheme.parameters:
+            return super().parameters_of_range(low, high, fmt)
+        scale = scale_of_absmax(torch.maximum(high.to(torch.float32), -low.to(torch.float32)), fmt.bits)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
         return fake_quantize(
@@ -62,7 +68,7 @@ class IntegerScheme(Scheme):
         zero = None if fmt.symmetric else zero_point
         axis, group = resolve_layout(x, scale, zero, fmt.axis, fmt.group_size)
         grid = quant_range(fmt.bits, fmt.symmetric)
-        return fake_quantize_backward_op(grad, x, scale, zero, *grid, axis, group, [True, False, False])[0]
+        return input_gradient(grad, x, scale, zero, (*grid, axis, group))
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
         return quantize_affine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import aot
@@ -144,6 +145,8 @@ def test_compiles_without_spills(compiler: None, tile: kernels.Tile) -> None:
     [(80, "mma.sync.aligned.m16n8k32"), (90, "wgmma.mma_async.sync.aligned.m64"), (100, "kind::i8")],
 )
 def test_products_are_made_by_the_matrix_units(compiler: None, capability: int, instruction: str) -> None:
+    if capability == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip(f"Triton {triton.__version__} multiplies integers on sm_100 without tensor memory")
     text = aot.ptx(kernels.TUNED["128x128x128"], capability)
     assert instruction in text
     assert "cp.async" in text
