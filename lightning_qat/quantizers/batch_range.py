@@ -115,7 +115,8 @@ def _family(quantizer: ActivationQuantizer) -> tuple[Any, ...]:
     """Return what quantizers have in common whose ranges and scales follow from one computation."""
     observer: Any = quantizer.observer
     fmt = quantizer.format
-    return observer.follows_training, getattr(observer, "momentum", None), fmt.symmetric, fmt.bits
+    averaging = getattr(observer, "momentum", None), getattr(observer, "averaged", None)
+    return observer.follows_training, averaging, fmt.symmetric, fmt.bits
 
 
 def _extremes(quantizers: list[ActivationQuantizer], across_ranks: bool) -> tuple[Tensor, Tensor]:
@@ -136,13 +137,14 @@ def _follow(family: list[ActivationQuantizer], low: Tensor, high: Tensor) -> Non
     observers: list[Any] = [quantizer.observer for quantizer in family]
     old_low = torch.stack([observer.min_val for observer in observers])
     old_high = torch.stack([observer.max_val for observer in observers])
-    momentum = getattr(observers[0], "momentum", None)
-    if momentum is None:
+    weights = {observer.next_weight() for observer in observers if hasattr(observer, "next_weight")}
+    if not weights:
         new_low, new_high = torch.minimum(old_low, low), torch.maximum(old_high, high)
     else:
         first, still = old_low > old_high, low > high
-        new_low = torch.where(first, low, torch.where(still, old_low, old_low.lerp(low, 1 - momentum)))
-        new_high = torch.where(first, high, torch.where(still, old_high, old_high.lerp(high, 1 - momentum)))
+        (weight,) = weights
+        new_low = torch.where(first, low, torch.where(still, old_low, old_low.lerp(low, weight)))
+        new_high = torch.where(first, high, torch.where(still, old_high, old_high.lerp(high, weight)))
     torch._foreach_copy_([observer.min_val for observer in observers], list(new_low.unbind()))
     torch._foreach_copy_([observer.max_val for observer in observers], list(new_high.unbind()))
     fmt = family[0].format

@@ -218,16 +218,28 @@ class MovingAverageObserver(Observer):
     Args:
         momentum: from 0 to below 1; ``m * old + (1 - m) * new``. The first batch is taken as it is.
         shared: ``num_channels``, ``axis`` and ``name``, as of :class:`Observer`.
+
+    Attributes:
+        averaged: batches of a calibration, which count alike as long as there are fewer than ``1 / (1 - momentum)``;
+            None outside one. With the momentum alone a calibration of 8 batches was 93 % its first.
     """
 
     def __init__(self, momentum: float = 0.99, **shared: Any) -> None:
         super().__init__(**shared)
         self.momentum = _check_number("momentum", momentum, "in [0, 1)", lambda m: 0 <= m < 1)
+        self.averaged: int | None = None
+
+    def next_weight(self) -> float:
+        """Return what the next batch counts, and count it."""
+        if self.averaged is None:
+            return 1 - self.momentum
+        self.averaged += 1
+        return max(1 - self.momentum, 1 / self.averaged)
 
     def _learn(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         # lerp is old + (1 - m) * (new - old): the mean of two equal numbers is that number, where the
         # two products of the formula round to another one, for the largest of all to inf.
-        weight = 1 - self.momentum
+        weight = self.next_weight()
         if self._known_observed and not torch.compiler.is_compiling():
             self.min_val.lerp_(low, weight)
             self.max_val.lerp_(high, weight)

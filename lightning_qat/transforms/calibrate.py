@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantizers.batch_range import merge_histograms
+from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
+from lightning_qat.quantizers.observers import MovingAverageObserver
 from lightning_qat.transforms.fuse import watch_folds
 from lightning_qat.transforms.prepare import qat_layers
 from lightning_qat.transforms.ranges import deferred_ranges, share_of_samples, static_quantizers, update_ranges
@@ -38,6 +40,7 @@ def calibrating(model: nn.Module, *, across_ranks: bool = False) -> Iterator[Non
         for quantizer in quantizers:
             quantizer.reset()
             quantizer.calibrating = True
+            _count_batches(quantizer, 0)
             quantizer.most_samples = share_of_samples(quantizer.config.calibration_samples, across_ranks=across_ranks)
         for quantizer_ in weights:
             quantizer_.quantizing = False
@@ -55,6 +58,7 @@ def calibrating(model: nn.Module, *, across_ranks: bool = False) -> Iterator[Non
     finally:
         for quantizer in quantizers:
             quantizer.calibrating = False
+            _count_batches(quantizer, None)
         for quantizer_, flag in zip(weights, quantized, strict=True):
             quantizer_.quantizing = flag
         for module, training in modes.items():
@@ -62,6 +66,12 @@ def calibrating(model: nn.Module, *, across_ranks: bool = False) -> Iterator[Non
     unseen = [quantizer.name for quantizer in quantizers if not quantizer.calibrated]
     if unseen:
         logger.warning("calibration never reached these layers, which have no range yet: %s", ", ".join(unseen))
+
+
+def _count_batches(quantizer: ActivationQuantizer, count: int | None) -> None:
+    """Let a moving average weigh the batches from here on alike, or let it move as in training."""
+    if isinstance(quantizer.observer, MovingAverageObserver):
+        quantizer.observer.averaged = count
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
