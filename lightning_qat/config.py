@@ -100,7 +100,8 @@ class BitsAndBytesConfig:
             raise ValueError(f"block_size={self.block_size!r} is not allowed; use a power of two from 32 to 4096")
         for name in ("dynamic_tree", "stochastic", "nested_quantization"):
             check_bool(name, getattr(self, name))
-        check_number("outlier_threshold", self.outlier_threshold, 0.0, "a quantile from 0 to 1 or a magnitude above 1")
+        use = "a quantile from 0 to 1 or a magnitude above 1"
+        check_number("outlier_threshold", self.outlier_threshold, use, lambda value: value >= 0)
         check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
         check_choice("rule", self.rule, ("cpu", "cuda"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.metadata import entry_points
 from typing import Any, TypeAlias, Union
 
@@ -35,18 +35,18 @@ def check_int(field_name: str, value: Any, lowest: int, highest: int | None = No
     raise ValueError(f"{field_name}={value!r} is not allowed; use an integer {allowed}")
 
 
+def check_number(field_name: str, value: Any, use: str, fits: Callable[[float], bool]) -> float:
+    """Return ``value`` if it is a finite number that ``fits``; raise ``ValueError`` saying what to ``use``."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not fits(value):
+        raise ValueError(f"{field_name}={value!r} is not allowed; use {use}")
+    return float(value)
+
+
 def check_bool(field_name: str, value: Any) -> None:
     """Raise ``ValueError`` unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{field_name}={value!r} is not allowed; use True or False")
-
-
-def check_number(field_name: str, value: Any, lowest: float, use: str) -> float:
-    """Return ``value`` if it is a finite number of ``lowest`` or more; raise ``ValueError``, saying what to ``use``."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < lowest:
-        raise ValueError(f"{field_name}={value!r} is not allowed; use {use}")
-    return float(value)
 
 
 def check_dynamic(value: Any) -> bool | str:
@@ -60,7 +60,7 @@ def check_pact_decay(decay: Any, learns: bool, needs: str) -> None:
     """Raise ``ValueError`` unless ``decay`` is None, or 0 or more where activations have a range to learn."""
     if decay is None:
         return
-    check_number("pact_decay", decay, 0.0, "a number of 0 or more, or None")
+    check_number("pact_decay", decay, "a number of 0 or more, or None", lambda value: value >= 0)
     if not learns:
         raise ValueError(f"pact_decay={decay!r} needs {needs}")
 

@@ -1,32 +1,23 @@
 """Observers: modules that learn the range of a tensor, and the scale and zero point that follow.
 
 ``update`` of :class:`MinMaxObserver` and :class:`MovingAverageObserver` reads nothing back to the host
-on a GPU and traces under ``torch.compile(fullgraph=True)``. Those with a histogram are for calibration:
-choosing their range reads values back and tries some hundred candidates, so do it outside a compiled graph.
+on a GPU and traces under ``torch.compile(fullgraph=True)``. Those with a histogram are for calibration, outside compiled
+graphs: choosing their range reads values back and tries some hundred candidates.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.config import check_choice, check_int
 from lightning_qat.ops.affine import choose_scale_zero_point
 from lightning_qat.quantizers import histogram
 from lightning_qat.quantizers.state import QuantizationState
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-def _check_number(field_name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not fits(value):
-        raise ValueError(f"{field_name}={value!r} is not allowed; use a number {allowed}")
-    return float(value)
+from lightning_qat.validation import check_choice, check_int, check_number
 
 
 class Observer(QuantizationState):
@@ -220,25 +211,22 @@ class MovingAverageObserver(Observer):
         shared: ``num_channels``, ``axis`` and ``name``, as of :class:`Observer`.
 
     Attributes:
-        averaged: batches of a calibration, which count alike as long as there are fewer than ``1 / (1 - momentum)``;
-            None outside one. With the momentum alone a calibration of 8 batches was 93 % its first.
+        averaged: batches of a calibration, which count alike (by the momentum, 8 would be 93 % the first); else None.
     """
 
     def __init__(self, momentum: float = 0.99, **shared: Any) -> None:
         super().__init__(**shared)
-        self.momentum = _check_number("momentum", momentum, "in [0, 1)", lambda m: 0 <= m < 1)
+        self.momentum = check_number("momentum", momentum, "a number in [0, 1)", lambda m: 0 <= m < 1)
         self.averaged: int | None = None
 
     def next_weight(self) -> float:
         """Return what the next batch counts, and count it."""
-        if self.averaged is None:
-            return 1 - self.momentum
-        self.averaged += 1
-        return max(1 - self.momentum, 1 / self.averaged)
+        if self.averaged is not None:
+            self.averaged += 1
+        return max(1 - self.momentum, 1 / (self.averaged or math.inf))
 
     def _learn(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        # lerp is old + (1 - m) * (new - old): the mean of two equal numbers is that number, where the
-        # two products of the formula round to another one, for the largest of all to inf.
+        # The mean of two equal numbers is that number; two products round to another, for the largest to inf.
         weight = self.next_weight()
         if self._known_observed and not torch.compiler.is_compiling():
             self.min_val.lerp_(low, weight)
@@ -327,7 +315,7 @@ class PercentileObserver(_HistogramState):
 
     def __init__(self, percentile: float = 99.99, num_bins: int = 4096, **shared: Any) -> None:
         super().__init__(num_bins, **shared)
-        self.percentile = _check_number("percentile", percentile, "in (50, 100]", lambda p: 50 < p <= 100)
+        self.percentile = check_number("percentile", percentile, "a number in (50, 100]", lambda p: 50 < p <= 100)
 
     def _search(self, seen: histogram.Histogram, symmetric: bool, bits: int) -> tuple[Tensor, Tensor]:
         return histogram.percentile_range(seen, self.percentile)
@@ -378,8 +366,8 @@ class MSEObserver(_HistogramState):
     ) -> None:
         super().__init__(num_bins, **shared)
         self.grid = check_int("grid", grid, 1)
-        self.max_shrink = _check_number("max_shrink", max_shrink, "in [0, 1)", lambda s: 0 <= s < 1)
-        self.norm = _check_number("norm", norm, "in (0, 16]", lambda n: 0 < n <= 16)
+        self.max_shrink = check_number("max_shrink", max_shrink, "a number in [0, 1)", lambda s: 0 <= s < 1)
+        self.norm = check_number("norm", norm, "a number in (0, 16]", lambda n: 0 < n <= 16)
 
     def _search(self, seen: histogram.Histogram, symmetric: bool, bits: int) -> tuple[Tensor, Tensor]:
         factors = tuple(1 - i / self.grid * self.max_shrink for i in range(self.grid + 1))
