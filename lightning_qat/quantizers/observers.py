@@ -1,8 +1,8 @@
 """Observers: modules that learn the range of a tensor, and the scale and zero point that follow.
 
 ``update`` of :class:`MinMaxObserver` and :class:`MovingAverageObserver` reads nothing back to the host
-on a GPU and traces under ``torch.compile(fullgraph=True)``. Those with a histogram are for calibration, outside compiled
-graphs: choosing their range reads values back and tries some hundred candidates.
+on a GPU and traces under ``torch.compile(fullgraph=True)``. Those with a histogram are for calibration, outside
+compiled graphs: choosing their range reads values back and tries some hundred candidates.
 """
 
 from __future__ import annotations
