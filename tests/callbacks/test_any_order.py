@@ -32,7 +32,7 @@ def trained(folder, order):
     return module
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # of each test: one of the module would run before threads are limited
 def expected(tmp_path_factory):
     module = trained(tmp_path_factory.mktemp("expected"), range(5))
     quantizer = module.head.weight_quantizer
