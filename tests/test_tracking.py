@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 import socket
+import time
 from pathlib import Path
 
 import pytest
