@@ -29,9 +29,9 @@ TritonKernel = Callable[[Tensor, "Tensor | None"], Tensor]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-#: From so many rows on, dequantizing the weight, which lives for this product alone, and the library's product are
-#: faster than a kernel that dequantizes for every tile: 8192 x 8192 bfloat16 on an H100, 1.05 times the dense product
-#: at 8192 rows where the kernel takes 1.7 times.
+#: From so many rows on the weight is dequantized, for this product alone, and multiplied by the library. The kernel,
+#: which dequantizes for every tile, took 3.3 ms for 8192 rows of 8192 x 8192 bfloat16 on an H100, the dense product 1.4
+#: and dequantizing 0.07; for 256 rows 0.08 where dense takes 0.06.
 _MANY_ROWS = 512
 
 
