@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -216,3 +218,20 @@ def test_compiled_equals_eager_bit_for_bit(symmetric: bool) -> None:
 def test_errors_name_what_is_allowed(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_ranges_are_widened_to_contain_zero(bits: int) -> None:
+    """Ranges on one side of zero, empty ones (no value was seen), infinite ones and NaN, against the definition."""
+    ends = (-math.inf, -3.0, -1e-45, 0.0, 2.0, 3e38, math.inf, math.nan)
+    low, high = torch.tensor(list(itertools.product(ends, ends))).unbind(1)
+    scale, zero_point = choose_scale_zero_point(low, high, bits=bits, symmetric=True)
+    assert zero_point is None
+    for a, b, found in zip(low.tolist(), high.tolist(), scale.tolist(), strict=True):
+        if math.isnan(a) or math.isnan(b):
+            assert math.isnan(found)
+            continue
+        absmax = min(max(-a, b, 0.0), MAX)
+        steps = 2 ** (bits - 1) - (1 if bits >= 8 else 0.5)
+        expected = max(float(torch.tensor(absmax) / torch.tensor(float(steps))), TINY) if absmax else 1.0
+        assert found == expected, (a, b)
