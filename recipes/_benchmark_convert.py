@@ -17,9 +17,10 @@ from ._timing import Conditions, Results, Timing, rated
 
 #: Peers on another grid are this much worse than the definition at most, in dB.
 _WORSE_DB = 1.0
-#: Share of a peer's codes that may differ on a GPU, whose own reciprocal is not exact. Of bfloat16 values many lie on a
-#: threshold exactly: 3e-4 of bitsandbytes' fp4 codes differed on an H100.
-_DIFFERENT_ON_GPU = 1e-3
+#: Share of a peer's codes that may differ on a GPU, whose own reciprocal is not exact. One with more is left out
+#: there, as bitsandbytes with fp4: 2e-3 of normal bfloat16 values lie within 4 units of a threshold (float32: 1e-6),
+#: where the last digit of the reciprocal decides, and 3e-4 of its codes differed on an H100.
+_DIFFERENT_ON_GPU = 1e-4
 
 
 def convert_group(conditions: Conditions, formats: tuple[Format, ...] | None = None) -> Results:
@@ -32,8 +33,8 @@ def convert_group(conditions: Conditions, formats: tuple[Format, ...] | None = N
         formats: None is all of them.
 
     Raises:
-        RuntimeError: if codes or values of ours are not the definition's, or bitsandbytes has other bytes; the
-            message says which.
+        RuntimeError: if codes or values of ours are not the definition's, or on a CPU bitsandbytes has other bytes;
+            the message says which.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(conditions.side, conditions.side, generator=generator).to(conditions.device, conditions.dtype)
@@ -116,7 +117,10 @@ def _judged(
     allowed = _DIFFERENT_ON_GPU if values.is_cuda else 0.0
     wrong = differences(expected, way.stored(held))
     if differences(expected, way.stored(held), allowed):
-        raise RuntimeError(f"{name} and the definition of {what} differ in {', '.join(wrong)}; not timed")
+        told_of = f"{name} and the definition of {what} differ in {', '.join(wrong)}; not timed"
+        if values.is_cuda:
+            return _Verdict(False, (told_of,))
+        raise RuntimeError(told_of)
     notes = [f"{name} and the definition of {what} differ in {', '.join(wrong)}"] if wrong else []
     apart = _apart(theirs, values)
     if not wrong and apart > 2 * torch.finfo(values.dtype).eps * float(values.abs().max()):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_qat.recipes import _benchmark_formats
-from lightning_qat.recipes._benchmark_convert import convert_group, differences, measured, verified
+from lightning_qat.recipes._benchmark_convert import _judged, convert_group, differences, measured, verified
 from lightning_qat.recipes._benchmark_formats import Format, Way, all_formats
 from lightning_qat.recipes._timing import Conditions, Gauge
 
@@ -157,3 +157,24 @@ def test_differences_tell_dtype_size_and_place():
 def test_a_way_of_ours_needs_codes_to_compare(x):
     with pytest.raises(ValueError, match="have codes to compare"):
         verified(Format("none", Way(lambda tensor: tensor, torch.round), {}), x)
+
+
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+def test_a_peer_with_other_codes_on_a_gpu_is_left_out_and_told():
+    """On a CPU other bytes are an error; of a GPU's few may differ, and the rest of the benchmark goes on."""
+    codes = torch.zeros(100_000, dtype=torch.uint8)
+    peer = Way(lambda x: None, lambda held: None, lambda held: {"codes": held})
+    values = torch.zeros(4).as_subclass(OnGPU)
+    for wrong, timed in ((0, True), (9, True), (12, False)):
+        held = codes.clone()
+        held[:wrong] = 1
+        found = _judged("peer", "fp4", peer, held, torch.zeros(4), {"codes": codes}, values, {})
+        assert found.timed == timed
+        assert [note.endswith("; not timed") for note in found.notes] == ([not timed] if wrong else [])
+    with pytest.raises(RuntimeError, match="codes \\(1 of 100000, the first at 0\\); not timed"):
+        held = codes.clone()
+        held[0] = 1
+        _judged("peer", "fp4", peer, held, torch.zeros(4), {"codes": codes}, torch.zeros(4), {})
