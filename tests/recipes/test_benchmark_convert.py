@@ -174,7 +174,7 @@ def test_a_peer_with_other_codes_on_a_gpu_is_left_out_and_told():
         found = _judged("peer", "fp4", peer, held, torch.zeros(4), {"codes": codes}, values, {})
         assert found.timed == timed
         assert [note.endswith("; not timed") for note in found.notes] == ([not timed] if wrong else [])
+    held = codes.clone()
+    held[0] = 1
     with pytest.raises(RuntimeError, match="codes \\(1 of 100000, the first at 0\\); not timed"):
-        held = codes.clone()
-        held[0] = 1
         _judged("peer", "fp4", peer, held, torch.zeros(4), {"codes": codes}, torch.zeros(4), {})
