@@ -52,9 +52,11 @@ from lightning_qat.ptq import (
     PTQObserver,
     PTQOptions,
     PTQReport,
+    WeightFiles,
     preflight,
     ptq_report,
     quantize_model,
+    without_weights,
 )
 from lightning_qat.quantizers.clipping import add_clipping_decay
 from lightning_qat.quantizers.debug import QuantizationEvent, debug_quantizers
@@ -235,6 +237,7 @@ __all__ = [
     "Scheme",
     "SelfDistillation",
     "SensitivityBitReduction",
+    "WeightFiles",
     "WeightOscillation",
     "add_clipping_decay",
     "apply_phase",
@@ -274,4 +277,5 @@ __all__ = [
     "sqnr",
     "to_bitsandbytes_format",
     "update_ranges",
+    "without_weights",
 ]

@@ -18,6 +18,7 @@ from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, ptq_
 from lightning_qat.ptq.preflight import LayerTask, preflight
 from lightning_qat.ptq.quantize_model import quantize_model
 from lightning_qat.ptq.smoothing import SmoothingOptions
+from lightning_qat.ptq.weight_files import WeightFiles, without_weights
 
 __all__ = [
     "AWQOptions",
@@ -32,6 +33,7 @@ __all__ = [
     "PTQOptions",
     "PTQReport",
     "SmoothingOptions",
+    "WeightFiles",
     "allocate_bits",
     "gram_sensitivity",
     "measure_sensitivity",
@@ -39,5 +41,6 @@ __all__ = [
     "preflight",
     "ptq_report",
     "quantize_model",
+    "without_weights",
     "write_plan",
 ]

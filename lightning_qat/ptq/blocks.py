@@ -302,7 +302,7 @@ def stopping_at(module: nn.Module | None) -> Iterator[None]:
     def hook(*_: Any) -> None:
         raise Reached
 
-    handle = module.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook, prepend=True)  # before its weights are read, if they are in files
     try:
         yield
     finally:

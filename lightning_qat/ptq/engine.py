@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_qat.nn import QATLayer, QATMultiheadAttention
+from lightning_qat.nn import QATLayer
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.ptq.adopt import adopt, nearest_codes, own_packed_weights, problem_of
 from lightning_qat.ptq.block_scaling import BlockScaling, scale_block
-from lightning_qat.ptq.blocks import Course, Segment, SegmentRunner, find_blocks, stopping_at, watch_course
+from lightning_qat.ptq.blocks import Block, Course, Segment, SegmentRunner, find_blocks, stopping_at, watch_course
 from lightning_qat.ptq.channels import shared_parameters
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.folding import Fold
@@ -29,15 +29,18 @@ from lightning_qat.ptq.methods import METHODS, PTQOptions, choose_codes, reason_
 from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, Stopwatch, most_memory
 from lightning_qat.ptq.statistics import InputStatistics
+from lightning_qat.ptq.streaming import WeightStream
 from lightning_qat.ptq.watch import (
     Run,
     SharedInput,
     agreed,
+    as_calibrated,
     find_shared_inputs,
     gather_statistics,
     of_every_rank,
+    run_until_reached,
 )
-from lightning_qat.transforms.calibrate import _call
+from lightning_qat.transforms.calibrate import _call, calibrating
 from lightning_qat.transforms.convert import convert_layers
 from lightning_qat.transforms.fuse import decide_no_folding, watch_folds
 from lightning_qat.transforms.phase import float_forward
@@ -80,6 +83,7 @@ class Engine:
         observer: is told.
         journal: where finished blocks are kept; None keeps none.
         packs: convert a block as soon as it is done.
+        stream: reads the weights of ``model``, which it does not have; then blocks are always packed.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Engine:
         observer: PTQObserver | None = None,
         journal: Journal | None = None,
         packs: bool = True,
+        stream: WeightStream | None = None,
     ) -> None:
         self.model, self.batches = model, list(batches)
         self.method, self.options, self.way = method, options, METHODS[method]
@@ -100,8 +105,11 @@ class Engine:
         self.journal = journal
         self._forward = forward or _call
         self._layers: dict[str, QATLayer] = dict(qat_layers(model))
+        self._stream = stream
         # Activations that get their ranges from the finished model keep every layer in float until then.
-        self._packs = packs and not static_quantizers(model)
+        ranges = bool(static_quantizers(model))
+        self._packs = packs and (stream is not None or not ranges)
+        self._holds_inputs = stream is not None and ranges
         self._modules = dict(model.named_modules())
         self._outcomes: list[LayerOutcome] = []
         self._done = 0
@@ -113,14 +121,24 @@ class Engine:
     @torch.no_grad()
     def run(self) -> PTQReport:
         """Quantize every layer and return what came out."""
-        with float_forward(self.model), as_calibrated(self.model), torch.compiler.set_stance("force_eager"):
+        blocks = find_blocks(self.model, self._layers)
+        with (
+            float_forward(self.model),
+            as_calibrated(self.model),
+            torch.compiler.set_stance("force_eager"),
+            self._lending(blocks),
+        ):
             self._decide_folds()
-            blocks = find_blocks(self.model, self._layers)
             course = watch_course(self.model, self._layers, blocks, self._run_of(self.batches[0]))
             if self.options.order == "one_pass" and course.segments and self.way.scaling is not None:
                 raise ValueError(
                     f"order='one_pass' is not available with method={self.method!r}, which scales one block after the "
                     "other; use 'blocks' or 'sublayers'"
+                )
+            if self._stream is not None and not course.segments:
+                raise ValueError(
+                    f"{type(self.model).__name__} has no blocks of which one follows the other, so that all of its "
+                    "weights would be in memory at once; load them, and leave weights=... out"
                 )
             if self.options.across_ranks:
                 self._check_same_course(course)
@@ -160,7 +178,9 @@ class Engine:
         self._quantize_outside(course.outside[-1], None, stages)
         if course.unreached:  # by the first batch, which is all that was watched
             late = _Stage("what the first batch did not reach", course.unreached, self._runs, False, None)
+            self._take(*course.unreached)
             self._quantize(late, stages)
+            self._observe(late)
             self._pack(course.unreached)
 
     def _quantize_outside(self, names: tuple[str, ...], until: str | None, stages: int) -> None:
@@ -169,17 +189,24 @@ class Engine:
         where = "after the blocks" if until is None else f"before {until}"
         with stopping_at(None if until is None else self._modules[until]):
             whole = self.model if until is None else None
-            self._quantize(_Stage(where, names, self._runs, False, whole), stages)
+            self._take(*names)
+            stage = _Stage(where, names, self._runs, False, whole)
+            self._quantize(stage, stages)
+            self._observe(stage)
         self._pack(names)
 
     def _quantize_segment(self, segment: Segment, stages: int) -> None:
+        self._take(segment.blocks[0].name)
         runner = SegmentRunner(segment, self._runs())
         last = segment.blocks[-1]
         for block in segment.blocks:
             parts = self.options.order == "sublayers"
+            self._take(block.name)
             if block.layers:
                 own_packed_weights(block.module)
-                self._quantize(_Stage(block.name, block.layers, runner.runs, parts, block.module), stages)
+                stage = _Stage(block.name, block.layers, runner.runs, parts, block.module)
+                self._quantize(stage, stages)
+                self._observe(stage)
             if block is not last:
                 runner.advance()
             self._pack(block.layers)
@@ -246,7 +273,7 @@ class Engine:
             seen,
             tried[0],
             scaling(self.options),
-            untouchable=self._untouchable,
+            untouchable=self._untouchable if self._stream is None else self._stream.also(self._untouchable),
             like=self._like,
             others=tried[1:],
             across_ranks=self.options.across_ranks,
@@ -297,9 +324,34 @@ class Engine:
         self._outcomes.append(outcome)
         self.observer.layer_done(outcome)
 
-    def _pack(self, names: Iterable[str]) -> None:
+    def _pack(self, names: Sequence[str]) -> None:
+        if self._stream is not None:
+            self._take(*(norm for name in names if (norm := self._layers[name].weight_quantizer.folded_norm)))
         if self._packs:
             convert_layers(self.model, [(name, self._layers[name]) for name in names])
+        if self._stream is not None and self._holds_inputs:
+            self._stream.hold_inputs(self._modules[name] for name in names)
+
+    # --- weights that are in files ------------------------------------------------------------------
+
+    def _lending(self, blocks: Sequence[Block]) -> contextlib.AbstractContextManager[None]:
+        """Let the parts that are not quantized yet have their weights while they run."""
+        if self._stream is None:
+            return contextlib.nullcontext()
+        return self._stream.lending([block.module for block in blocks])
+
+    def _take(self, *names: str) -> None:
+        """Let these modules have their weights from now on."""
+        if self._stream is not None:
+            self._stream.take(self._modules[name] for name in names)
+
+    def _observe(self, stage: _Stage) -> None:
+        """Let inputs have their ranges before the layers are packed; of a model with weights, all have them at last."""
+        layers = nn.ModuleList(self._layers[name] for name in stage.layers)
+        if self._stream is not None and static_quantizers(layers):
+            with calibrating(layers):
+                for run in stage.runs():
+                    run_until_reached(run)
 
     # --- running -----------------------------------------------------------------------------------
 
@@ -321,26 +373,3 @@ def _noting(runs: Iterable[Run], noted: list[Run]) -> Iterator[Run]:
     for run in runs:
         noted.append(run)
         yield run
-
-
-@contextlib.contextmanager
-def as_calibrated(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` run as its layers are to be watched: in evaluation mode, without a cache of keys and values."""
-    modes = {module: module.training for module in model.modules()}
-    configs = {id(c): c for m in modes if (c := getattr(m, "config", None)) is not None and hasattr(c, "use_cache")}
-    before = [(config, config.use_cache) for config in configs.values()]
-    attentions = [module for module in modes if isinstance(module, QATMultiheadAttention)]
-    try:
-        model.eval()
-        for config, _ in before:
-            config.use_cache = False
-        for attention in attentions:
-            attention.calls_projections = True
-        yield
-    finally:
-        for config, value in before:
-            config.use_cache = value
-        for attention in attentions:
-            attention.__dict__.pop("calls_projections", None)
-        for module, training in modes.items():
-            module.training = training

@@ -16,10 +16,9 @@ from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.ptq.adopt import problem_of
 from lightning_qat.ptq.bit_allocation import LayerSensitivity
 from lightning_qat.ptq.chosen import output_error
-from lightning_qat.ptq.engine import as_calibrated
 from lightning_qat.ptq.methods import METHODS, PTQOptions, choose_codes, reason_for_nearest
 from lightning_qat.ptq.statistics import InputStatistics
-from lightning_qat.ptq.watch import find_shared_inputs, gather_statistics
+from lightning_qat.ptq.watch import as_calibrated, find_shared_inputs, gather_statistics
 from lightning_qat.transforms.calibrate import _call
 from lightning_qat.transforms.phase import float_forward
 from lightning_qat.transforms.prepare import copy_model, prepare, qat_layers

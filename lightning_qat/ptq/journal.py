@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,24 @@ FINGERPRINT = "fingerprint.json"
 _LAYER, _CHANGED = "layer:", "changed:"
 
 
-def fingerprint(model: nn.Module, batches: Iterable[Any], **settings: Any) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module,
+    batches: Iterable[Any],
+    value_of: Callable[[str, Tensor], Tensor] | None = None,
+    **settings: Any,
+) -> dict[str, str]:
     """Return digests of what a run's result depends on.
 
     Args:
         model: its parameters and buffers, and what its modules say of themselves.
         batches: of calibration.
+        value_of: returns what a parameter or buffer is, given its name and itself; None where they are in ``model``.
         **settings: anything whose ``repr`` says what it is.
     """
     # A function that a module names may lie elsewhere in the next process.
     state = hashlib.sha256(re.sub("0x[0-9a-f]+", "", repr(model)).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        _feed(state, name, tensor)
+        _feed(state, name, tensor if value_of is None else value_of(name, tensor))
     data = hashlib.sha256()
     for batch in batches:
         _feed_all(data, batch)
@@ -114,6 +120,10 @@ class Journal:
         """Know the parameters that need not be written: as they were given, or in a file already."""
         # Not by their ids: a new parameter may have that of one which a packed layer gave up.
         self._unchanged = WeakIdKeyDictionary(dict.fromkeys(model.parameters()))
+
+    def know(self, parameter: nn.Parameter) -> None:
+        """Know one more parameter that need not be written: it was read from the files of the model."""
+        self._unchanged[parameter] = None
 
     def _file(self, stage: str) -> Path:
         readable = "".join(c if c.isalnum() or c in "._-" else "_" for c in stage)[-80:]

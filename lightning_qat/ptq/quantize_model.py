@@ -16,15 +16,11 @@ from lightning_qat.ptq.adopt import own_parameters
 from lightning_qat.ptq.engine import Engine
 from lightning_qat.ptq.journal import Journal, fingerprint
 from lightning_qat.ptq.methods import METHODS, PTQOptions, method_of
-from lightning_qat.ptq.outcome import (
-    LayerOutcome,
-    PTQObserver,
-    PTQReport,
-    Stopwatch,
-    attach_ptq_report,
-    most_memory,
-)
+from lightning_qat.ptq.outcome import PTQObserver, PTQReport, attach_ptq_report
 from lightning_qat.ptq.preflight import check_tasks, preflight, unknown_weights
+from lightning_qat.ptq.rounding import round_model
+from lightning_qat.ptq.streaming import WeightStream
+from lightning_qat.ptq.weight_files import MatchedWeights, WeightFiles, has_meta_parameters
 from lightning_qat.transforms.calibrate import calibrate
 from lightning_qat.transforms.convert import convert as convert_model
 from lightning_qat.transforms.convert import finish_conversion
@@ -50,6 +46,7 @@ def quantize_model(
     observer: PTQObserver | None = None,
     journal: str | os.PathLike[str] | None = None,
     restart: bool = False,
+    weights: WeightFiles | str | os.PathLike[str] | None = None,
 ) -> ModelT:
     """Return a new, quantized model; :func:`ptq_report` says what became of each layer.
 
@@ -72,13 +69,19 @@ def quantize_model(
         journal: a folder that keeps finished blocks; a run that is killed and called again goes on from there, and ends
             with the same bytes.
         restart: delete what another run has left in the journal, instead of raising.
+        weights: safetensors that hold the weights of a ``model`` on the meta device, built in :func:`without_weights`:
+            a file, or a folder with one or with several and their index. They are read block by block, in the dtype of
+            the model, and given up when the block is packed: memory holds the result and the float weights of one
+            block, and the codes are those of a run with all weights. Layers outside of blocks have their turn too.
 
     Returns:
         A model of the same class, converted and in evaluation mode unless ``convert=False``.
 
     Raises:
         TypeError: ``calibration`` is a batch instead of a list of them, or ``options`` is another thing.
-        ValueError: the method is unknown, calibration is missing, or the config does not fit the model.
+        ValueError: the method is unknown, calibration is missing, or the config does not fit the model. With
+            ``weights``: the files hold others than the model's, or what was asked for needs all of them at once.
+        FileNotFoundError: ``weights`` are not there.
         ParityError: with ``verify``, if the result is not what was fake-quantized.
     """
     original: ModelT = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -86,19 +89,8 @@ def quantize_model(
     chosen = method or method_of(plan)
     check_choice("method", chosen, tuple(METHODS))
     known = prepared_plan(original) is not None
-    if any(isinstance(module, QuantizedLayer) for module in original.modules()):
-        raise ValueError(f"{type(original).__name__} is converted already; give the float model")
-    if (known or any(isinstance(module, QATLayer) for module in original.modules())) and (
-        not METHODS[chosen].needs_statistics or not known
-    ):
-        raise ValueError(f"{type(original).__name__} is prepared; call calibrate(model, batches) and convert(model)")
-    if calibration is None and (verify or METHODS[chosen].needs_statistics):
-        what = f"method={chosen!r}" if METHODS[chosen].needs_statistics else "verify=True"
-        raise ValueError(f"{what} needs calibration batches to {_purpose(chosen)}; give calibration=[...]")
-    if isinstance(calibration, (Tensor, Mapping)):
-        raise TypeError(f"calibration is one {type(calibration).__name__}; give the batches in a list: [calibration]")
-    if options is not None and not isinstance(options, PTQOptions):
-        raise TypeError(f"options={options!r} is not allowed; use PTQOptions, such as PTQOptions(gptq=GPTQOptions())")
+    _check(original, chosen, calibration, options, known=known, verify=verify)
+    matched = _matched(original, weights, chosen, options, known=known, verify=verify, convert=convert)
     tasks = preflight(original, plan, chosen)
     (observer := observer or PTQObserver()).started(tasks)
     check_tasks(tasks)
@@ -106,8 +98,11 @@ def quantize_model(
     notes = unknown_weights(replica)
     for note in notes:
         logger.warning(note)
+    stream = None if matched is None else WeightStream(replica, matched)
     if not METHODS[chosen].needs_statistics:
-        nearest = _nearest(replica, calibration, forward, observer, notes, verify=verify, convert=convert)
+        nearest = round_model(
+            replica, calibration, forward, observer, notes, verify=verify, convert=convert, stream=stream
+        )
         own_parameters(nearest, original)
         return nearest
     batches = [] if calibration is None else list(calibration)
@@ -119,8 +114,11 @@ def quantize_model(
         raise ValueError("journal=... is of one process; leave it out with across_ranks=True")
     if journal is not None:
         settings = {"plan": plan, "method": chosen, "options": options, "convert": convert}
-        kept = Journal(journal, fingerprint(original, batches, **settings), restart=restart)
+        value_of = None if matched is None else matched.value
+        kept = Journal(journal, fingerprint(original, batches, value_of, **settings), restart=restart)
         kept.begin(replica)
+        if stream is not None:
+            stream.on_read = kept.know
     engine = Engine(
         replica,
         batches,
@@ -130,8 +128,11 @@ def quantize_model(
         observer=observer,
         journal=kept,
         packs=convert and not verify,
+        stream=stream,
     )
     report = replace(engine.run(), notes=notes)
+    if stream is not None:
+        stream.take([replica])  # what no batch came to and no rule quantizes
     if static_quantizers(replica):  # the ranges of activations are those of the quantized weights
         calibrate(replica, batches, forward, across_ranks=options.across_ranks)
     result = _finished(replica, report, batches, forward, observer, verify=verify, convert=convert)
@@ -155,36 +156,64 @@ def _replica(model: ModelT, plan: QuantizationPlan) -> ModelT:
     return prepare(copy_model(model, shared).eval(), plan)
 
 
-def _nearest(
-    model: ModelT,
+def _check(
+    original: nn.Module,
+    chosen: str,
     calibration: Iterable[Any] | None,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    observer: PTQObserver,
-    notes: tuple[str, ...],
+    options: PTQOptions | None,
     *,
+    known: bool,
+    verify: bool,
+) -> None:
+    """Raise where :func:`quantize_model` was called with what does not go together."""
+    if any(isinstance(module, QuantizedLayer) for module in original.modules()):
+        raise ValueError(f"{type(original).__name__} is converted already; give the float model")
+    if (known or any(isinstance(module, QATLayer) for module in original.modules())) and (
+        not METHODS[chosen].needs_statistics or not known
+    ):
+        raise ValueError(f"{type(original).__name__} is prepared; call calibrate(model, batches) and convert(model)")
+    if calibration is None and (verify or METHODS[chosen].needs_statistics):
+        what = f"method={chosen!r}" if METHODS[chosen].needs_statistics else "verify=True"
+        raise ValueError(f"{what} needs calibration batches to {_purpose(chosen)}; give calibration=[...]")
+    if isinstance(calibration, (Tensor, Mapping)):
+        raise TypeError(f"calibration is one {type(calibration).__name__}; give the batches in a list: [calibration]")
+    if options is not None and not isinstance(options, PTQOptions):
+        raise TypeError(f"options={options!r} is not allowed; use PTQOptions, such as PTQOptions(gptq=GPTQOptions())")
+
+
+def _matched(
+    model: nn.Module,
+    weights: WeightFiles | str | os.PathLike[str] | None,
+    method: str,
+    options: PTQOptions | None,
+    *,
+    known: bool,
     verify: bool,
     convert: bool,
-) -> ModelT:
-    """Round every weight to nearest; of the batches, activations get their ranges."""
-    watch = Stopwatch()
-    batches: Any = list(calibration) if verify and calibration is not None else calibration
-    if batches is not None:
-        calibrate(model, batches, forward)
-    elif waiting := [q for q in static_quantizers(model) if not q.calibrated]:
-        raise ValueError(
-            f"the inputs of {len(waiting)} layers, such as {waiting[0].name!r}, need calibrated ranges; give "
-            "calibration=batches, or a config without them, such as 'int8_dynamic' or 'int8_weight_only'"
-        )
-    outcomes = []
-    for name, layer in qat_layers(model):
-        bits, weights = layer.weight_quantizer.bits, layer.weight.numel()
-        outcomes.append(LayerOutcome(name, "rtn", bits, weights, memory=most_memory()))
-        observer.layer_done(outcomes[-1])
-    result = convert_model(model, verify=batches if verify else None, forward=forward) if convert else model
-    report = PTQReport("rtn", None, tuple(outcomes), notes, watch.seconds())
-    attach_ptq_report(result, report)
-    observer.finished(report)
-    return result
+) -> MatchedWeights | None:
+    """Return where the weights of ``model`` are; None if it has them.
+
+    Raises:
+        ValueError: it has none and no files are given, or something needs all of them at once.
+    """
+    if weights is None:
+        if has_meta_parameters(model):
+            raise ValueError(
+                f"{type(model).__name__} has parameters on the meta device; say where its weights are with "
+                "weights=..., or load them first"
+            )
+        return None
+    one_pass = METHODS[method].needs_statistics and options is not None and options.order == "one_pass"
+    for asked, why, instead in (
+        (known, "a prepared model", "give the float model"),
+        (verify, "verify=True", "leave it out, and check_parity on a part of the model"),
+        (not convert, "convert=False", "leave it out: a model that is not packed holds all float weights"),
+        (one_pass, "order='one_pass'", "use 'blocks' or 'sublayers'"),
+    ):
+        if asked:
+            raise ValueError(f"{why} needs all weights at once, and weights=... are read block by block; {instead}")
+    files = weights if isinstance(weights, WeightFiles) else WeightFiles(weights)
+    return files.match(model)
 
 
 def _finished(

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_qat.nn import QATMultiheadAttention
 from lightning_qat.ptq.statistics import InputStatistics, StatisticsSum, input_geometry
 
 #: Runs one batch through a part of a model.
@@ -249,3 +250,26 @@ class _Gathering:
         for name, leader in self._leader.items():
             if self._calls[name] != self._calls[leader]:
                 raise _SharingBroken(name)
+
+
+@contextlib.contextmanager
+def as_calibrated(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` run as its layers are to be watched: in evaluation mode, without a cache of keys and values."""
+    modes = {module: module.training for module in model.modules()}
+    configs = {id(c): c for m in modes if (c := getattr(m, "config", None)) is not None and hasattr(c, "use_cache")}
+    before = [(config, config.use_cache) for config in configs.values()]
+    attentions = [module for module in modes if isinstance(module, QATMultiheadAttention)]
+    try:
+        model.eval()
+        for config, _ in before:
+            config.use_cache = False
+        for attention in attentions:
+            attention.calls_projections = True
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+        for attention in attentions:
+            attention.__dict__.pop("calls_projections", None)
+        for module, training in modes.items():
+            module.training = training

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_qat.config import QuantizationConfig
 from lightning_qat.quantizers.debug import tell
 from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
+from lightning_qat.quantizers.input_arrangement import ARRANGEMENT, arranged
 from lightning_qat.quantizers.kept_weight import KeptWeight
 from lightning_qat.quantizers.learned_scale import least_error_parameters
 from lightning_qat.quantizers.observers import make_observer
@@ -36,6 +37,9 @@ class WeightQuantizer(FakeQuantizer):
     """
 
     quantizes = "weight"
+    #: What is done to the layer's input, see :func:`arranged`; set by :meth:`arrange_input`.
+    input_order: Tensor | None
+    input_factor: Tensor | None
 
     def __init__(self, config: QuantizationConfig, weight: Tensor, name: str, axis: int = 0) -> None:
         fmt = weight_format(config, weight.shape, axis, name)
@@ -47,9 +51,17 @@ class WeightQuantizer(FakeQuantizer):
         #: Holds the fake-quantized weight while nobody changes the weight, see ``transforms/phase.py``.
         self.kept: KeptWeight | None = None
         self._shape = weight.shape
+        for name in ARRANGEMENT:
+            self.register_buffer(name, None)
         self.to(weight.device)
         if not weight.is_meta:
             self._store(*self._derive(whole_weight(weight, weight.shape, name)))
+
+    def leave_meta(self, weight: Tensor) -> None:
+        """Be as made from ``weight`` if it was made from one on the meta device; else nothing is done."""
+        if self.scale.is_meta:
+            self.to_empty(device=weight.device)
+            self._store(*self._derive(whole_weight(weight.detach(), weight.shape, self.name)))
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
@@ -62,6 +74,28 @@ class WeightQuantizer(FakeQuantizer):
         super().set_extra_state(state)
         self.folded_norm = state["folded_norm"]
         self.feeds_one_layer = state.get("feeds_one_layer", False)  # checkpoints before it existed
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A weight comes with what is done to its input, a float one with nothing.
+        weight = f"{prefix.removesuffix('weight_quantizer.')}weight"
+        if weight in state_dict or any(key.startswith(prefix) for key in state_dict):
+            for name in ARRANGEMENT:
+                tensor = state_dict.get(prefix + name)
+                self._buffers[name] = None if tensor is None else torch.empty_like(tensor, device=self.scale.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def arrange_input(self, order: Tensor | None, factor: Tensor | None) -> None:
+        """Let the layer's input be arranged so from now on; whoever does this arranges the weight's columns too.
+
+        Args:
+            order: int64 ``[in_features]``, see :func:`arranged`.
+            factor: float32 ``[in_features]``, likewise.
+        """
+        self._buffers.update(zip(ARRANGEMENT, (order, factor), strict=True))
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """Return the layer's input as its weight multiplies it, before it is quantized."""
+        return arranged(x, self.input_order, self.input_factor)
 
     @torch.no_grad()
     def _derive(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,3 +202,7 @@ class WeightQuantizer(FakeQuantizer):
 
     def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
         return (*self._unchanging(*self.parameters_for(x)), self._format) if self.quantizing else None
+
+    def extra_repr(self) -> str:
+        kept = [name for name in ARRANGEMENT if self._buffers[name] is not None]
+        return ", ".join([super().extra_repr(), *kept])
