@@ -13,19 +13,19 @@ cache (``lightning-qat benchmark 'groups=[inference]'``); called again and again
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.threads import in_threads, parts_of
+
 #: Columns that share a scale: of fewer, the sums of the bags are the work; of more, digits are faster.
 _LEAST_GROUP, _MOST_GROUP = 32, 255
 
-#: Fewer rows are not worth a thread of their own, and more threads than this not the waiting for them.
-_LEAST_ROWS, _MOST_PARTS = 1024, 8
+#: Fewer rows are not worth a thread of their own.
+_LEAST_ROWS = 1024
 
 #: Tokens up to which this is faster than digits, which read the weight once for several.
 BAG_TOKENS = 2
@@ -73,8 +73,7 @@ def pack_bags(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> BagWei
         offset = (_MIDDLE - zero_point.float().t()).mul(steps).contiguous()
     digits = (codes.to(torch.int16) + (_MIDDLE if zero_point is None else 0)).to(torch.uint8).t()
     ends = torch.tensor([1.0, -_MIDDLE], dtype=torch.float16).view(torch.uint8).expand(columns, 4)
-    parts = min(_MOST_PARTS, torch.get_num_threads(), max(1, rows // _LEAST_ROWS))
-    share = -(-rows // (2 * parts)) * 2
+    share = -(-rows // (2 * parts_of(rows, _LEAST_ROWS))) * 2
     tables = tuple(torch.cat((p[:, ::2] | p[:, 1::2] << 4, ends), 1) for p in digits.split(share, 1))
     return BagWeight(tables, steps, offset)
 
@@ -108,11 +107,8 @@ def _bags(weight: BagWeight, values: Tensor, groups: int, tokens: int) -> Tensor
         sums: Tensor = multiply(table, index, starts, False, 0, False, values, None, True)
         return sums
 
-    first, *others = weight.tables
-    if not others:
-        return part(first)
-    waiting = [_workers(os.getpid(), len(others)).submit(part, table) for table in others]
-    return torch.cat((part(first), *(future.result() for future in waiting)), 1)
+    sums = in_threads([partial(part, table) for table in weight.tables])
+    return sums[0] if len(sums) == 1 else torch.cat(sums, 1)
 
 
 @lru_cache(maxsize=16)
@@ -120,12 +116,6 @@ def _rows_of_bags(columns: int, run: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Return the rows of the table that all bags take, and where each bag begins and the last one ends."""
     index = torch.arange(columns, dtype=torch.int32).repeat(tokens)
     return index, torch.arange(0, columns * tokens + 1, run, dtype=torch.int32)
-
-
-@lru_cache(maxsize=4)
-def _workers(process: int, count: int) -> ThreadPoolExecutor:
-    """Return threads of this process: those of the one it was forked from are not there."""
-    return ThreadPoolExecutor(count, thread_name_prefix="lightning_qat")
 
 
 @lru_cache(maxsize=1)

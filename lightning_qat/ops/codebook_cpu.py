@@ -38,6 +38,7 @@ from lightning_qat.ops.codebook_tables import (
     codebook as codebook_values,
 )
 from lightning_qat.ops.layout import empty_result, match_layout
+from lightning_qat.ops.lookup_cpu import write_lookups
 from lightning_qat.ops.workspace import advise_huge_pages
 
 #: The same where every element is searched for, 20 ns each: there the other threads are worth waiting for.
@@ -294,28 +295,12 @@ def _pack(codes: Tensor, count: int) -> Tensor:
 
 def _write_values(stored: Tensor, absmax: Tensor, name: str, block_size: int, result: Tensor) -> None:
     """Write the values of stored codes into one-dimensional ``result``."""
-    count, scale = len(result), absmax.unsqueeze(1)
-    in_pairs = CODEBOOK_BITS[name] == 4
+    count, in_pairs = len(result), CODEBOOK_BITS[name] == 4
     if in_pairs and block_size % 2 and count > block_size:
         # Blocks begin in the middle of a byte.
         stored, in_pairs = torch.stack((stored >> 4, stored & 15), dim=1).view(-1)[:count], False
     table = _pair_table(name) if in_pairs else codebook_values(name, "cpu")
-    scratch = _floats(min(count + 1, CHUNK))
-    index_memory = torch.empty(len(scratch), dtype=torch.int32)
-    for part, blocks in chunks(count, block_size):
-        size = part.stop - part.start
-        source = stored[part.start // 2 : (part.stop + 1) // 2] if in_pairs else stored[part]
-        index = index_memory[: len(source)].copy_(source)
-        if in_pairs:
-            torch.index_select(table, 0, index, out=scratch[: 2 * len(source)].view(torch.float64))
-        else:
-            torch.index_select(table, 0, index, out=scratch[:size])
-        values = scratch[:size].view(blocks.stop - blocks.start, -1)
-        target = result[part].view(values.shape)
-        if result.dtype == torch.float32:
-            torch.mul(values, scale[blocks], out=target)
-        else:
-            target.copy_(values.mul_(scale[blocks]))
+    write_lookups(table, stored, absmax, None, block_size, result)
 
 
 @lru_cache(maxsize=2)

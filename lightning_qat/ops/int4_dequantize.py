@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.affine import dequantize_affine
-from lightning_qat.ops.chunks import CHUNK, chunks
+from lightning_qat.ops.lookup_cpu import write_lookups
 from lightning_qat.ops.packing import unpack_bits
 from lightning_qat.ops.workspace import advise_huge_pages
 
@@ -91,35 +91,14 @@ def int4_dequantize_cpu(
     result = advise_huge_pages(torch.empty(numel, dtype=dtype))
     if not numel:
         return result
+    packed, scales = packed.reshape(-1), scale.reshape(-1).float()
+    zeros = None if zero_point is None else torch.round(zero_point.reshape(-1).float())
+    table = _pair_table(zero_point is None)
     if run % 2 and numel > run:  # runs begin in the middle of a byte
-        codes = torch.stack((packed & 15, packed >> 4), dim=1).view(-1)[:numel]
-        codes = codes.to(torch.float32).sub_(8.0) if zero_point is None else codes.to(torch.float32)
-        return _scaled(codes.view(-1, run), scale.reshape(-1, 1).float(), _column(zero_point), result.view(-1, run))
-    table, scales, zeros = _pair_table(zero_point is None), scale.reshape(-1, 1).float(), _column(zero_point)
-    scratch = torch.empty(min(numel + 1, CHUNK), dtype=torch.float32)
-    index_memory = torch.empty(len(scratch), dtype=torch.int32)
-    for part, runs in chunks(numel, run):
-        size, source = part.stop - part.start, packed[part.start // 2 : (part.stop + 1) // 2]
-        index = index_memory[: len(source)].copy_(source)
-        torch.index_select(table, 0, index, out=scratch[: 2 * len(source)].view(torch.float64))
-        values = scratch[:size].view(runs.stop - runs.start, -1)
-        _scaled(values, scales[runs], None if zeros is None else zeros[runs], result[part].view(values.shape))
+        packed = torch.stack((packed & 15, packed >> 4), dim=1).view(-1)[:numel]
+        table = table.view(torch.float32)[::2][:16].contiguous()
+    write_lookups(table, packed, scales, zeros, run, result)
     return result
-
-
-def _column(zero_point: Tensor | None) -> Tensor | None:
-    return None if zero_point is None else torch.round(zero_point.reshape(-1, 1).float())
-
-
-def _scaled(values: Tensor, scale: Tensor, zero_point: Tensor | None, target: Tensor) -> Tensor:
-    """Write ``(values - zero_point) * scale`` into ``target``; works in ``values``. Returns ``target``, flat."""
-    if zero_point is not None:
-        values.sub_(zero_point)
-    if target.dtype == torch.float32:
-        torch.mul(values, scale, out=target)
-    else:
-        target.copy_(values.mul_(scale))
-    return target.view(-1)
 
 
 @lru_cache(maxsize=2)
