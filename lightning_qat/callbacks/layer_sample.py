@@ -70,8 +70,9 @@ class LayerSample:
         leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         x = next((leaf for leaf in leaves if leaf.is_floating_point()), None)
         quantizer: Any = layer.input_quantizer
+        whole: Any = layer.weight_quantizer
         if x is not None and x.numel() and quantizer.calibrated:
-            self.inputs[name] = _some_of(quantizer, x.detach())
+            self.inputs[name] = _some_of(quantizer, whole.arranged(x.detach()))
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.execution import KernelCache, reference_reason
 from lightning_qat.nn.recompute import LayerFunction, fake_quantize_again, made_again_in_backward
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, dynamic_parameters
+from lightning_qat.quantizers.input_arrangement import ARRANGEMENT, arranged
 from lightning_qat.quantizers.state import KeepsDtype
 from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
 from lightning_qat.schemes import TensorFormat, blocks_end_with_rows, get_scheme
@@ -61,10 +62,12 @@ class QATLayer(_Adopting):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return the fake-quantized input."""
+        x = self.weight_quantizer.arranged(x)
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def compute(self, x: Tensor, function: LayerFunction) -> Tensor:
         """Return ``function`` of the fake-quantized input and weight."""
+        x = self.weight_quantizer.arranged(x)
         quantized_x = fake_quantize_again(self.input_quantizer, x)
         quantized_weight = fake_quantize_again(self.weight_quantizer, self._joined_weight(x))
         with made_again_in_backward(quantized_x, quantized_weight):
@@ -100,6 +103,8 @@ class QuantizedLayer(_Adopting, KeepsDtype):
         weight_scale, weight_zero_point: one for each tensor, channel, group or block; a nested scale is codes, with
             ``weight_scale_absmax`` and ``weight_scale_offset``. :attr:`scale` is what they stand for.
         input_scale, input_zero_point: of a calibrated input; None for weight-only and dynamic ranges.
+        input_order, input_factor: what is done to the input before all else, see
+            :func:`lightning_qat.quantizers.input_arrangement.arranged`; None for most layers.
         weight_format, input_format: how to read them.
         weight_shape, weight_dtype: of the float weight.
         feeds_one_layer: the output is read by one quantized layer alone, through clamping, max pooling and flattening
@@ -112,6 +117,8 @@ class QuantizedLayer(_Adopting, KeepsDtype):
     weight_zero_point: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    input_order: Tensor | None
+    input_factor: Tensor | None
     weight_format: TensorFormat
     input_format: TensorFormat | None
     weight_shape: torch.Size
@@ -152,8 +159,16 @@ class QuantizedLayer(_Adopting, KeepsDtype):
     #: The weight that the codes stand for, computed at every access: no float copy is kept.
     weight: Any = property(_dequantized_weight)
 
+    def arranged_input(self, x: Tensor) -> Tensor:
+        """Return ``x`` as the columns of the weight multiply it, in float."""
+        return arranged(x, self.input_order, self.input_factor)
+
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Return ``x`` on the grid that the layer was trained with."""
+        """Return ``x`` as the layer computes with it: arranged, on the grid that it was trained with."""
+        return self.on_grid(self.arranged_input(x))
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """Return an arranged input on its grid."""
         fmt = self.input_format
         if fmt is None or not x.numel():
             return x
@@ -171,7 +186,9 @@ class QuantizedLayer(_Adopting, KeepsDtype):
 
     def extra_repr(self) -> str:
         fmt = self.weight_format
-        return f"{tuple(self.weight_shape)}, {fmt.scheme}, bits={fmt.bits}, input={self.input_format}, {self.execution}"
+        facts = f"{tuple(self.weight_shape)}, {fmt.scheme}, bits={fmt.bits}, input={self.input_format}"
+        kept = [name for name in ARRANGEMENT if self._buffers[name] is not None]
+        return ", ".join([facts, *kept, self.execution])
 
 
 class _OwnForward(QATLayer):
@@ -335,8 +352,8 @@ def make_quantized(
         layer: a float layer (not a prepared one).
         weight_format: how to read the weight's tensors.
         input_format: how to read the input's; None means weight-only.
-        tensors: ``weight_packed``, ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``, and
-            what else the scheme stores of a scale.
+        tensors: ``weight_packed``, ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``, what
+            else the scheme stores of a scale, and ``input_order`` and ``input_factor`` where there are any.
         weight_shape: of the float weight.
         weight_dtype: of the float weight.
         feeds_one_layer: see :class:`QuantizedLayer`.
@@ -345,7 +362,7 @@ def make_quantized(
     for holder in (layer._parameters, layer._buffers, layer.__dict__):
         holder.pop("weight", None)
     layer.__class__ = quantized_class
-    for name, tensor in tensors.items():
+    for name, tensor in (dict.fromkeys(ARRANGEMENT) | tensors).items():
         layer.register_buffer(name, tensor)
     facts: Any = layer
     facts.weight_format, facts.input_format = weight_format, input_format

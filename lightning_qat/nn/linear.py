@@ -60,11 +60,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     float_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        input = settled(input)
+        input = self.arranged_input(settled(input))
         kernel = self._on_gpu() if takes_triton(self, input) else self._kernel(input)
         if kernel is not None:
             return kernel(input, self.bias)
-        input, fmt = self.quantized_input(input), self.weight_format
+        input, fmt = self.on_grid(input), self.weight_format
         scheme = get_scheme(fmt.scheme)
         if type(scheme).linear is Scheme.linear or input.dtype != self.weight_dtype:
             return F.linear(input, self.weight, self.bias)

@@ -25,6 +25,7 @@ from lightning_qat.nn import (
     keep_codes_inside,
 )
 from lightning_qat.nn.layer import float_type, make_quantized, supported_class
+from lightning_qat.quantizers.input_arrangement import ARRANGEMENT, by_feature_in
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.transforms.certificate import (
     CERTIFICATE,
@@ -45,7 +46,14 @@ VERSION = 1
 TENSORS = "model.safetensors"
 MANIFEST = "manifest.json"
 
-_QUANTIZED_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+_QUANTIZED_TENSORS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "input_scale",
+    "input_zero_point",
+    *ARRANGEMENT,
+)
 _EXTRA_STATE = "_extra_state"
 
 
@@ -91,6 +99,7 @@ def _layer_entry(layer: QuantizedLayer) -> dict[str, Any]:
         "dtype": str(layer.weight_dtype).removeprefix("torch."),
         "feeds_one_layer": layer.feeds_one_layer,
         "execution": layer.execution,  # on the machine that saved it, for the reader
+        **{name: list(tensor.shape) for name in ARRANGEMENT if (tensor := layer._buffers[name]) is not None},
     }
 
 
@@ -331,6 +340,10 @@ def _check_names(folder: Path, model: nn.Module, manifest: dict[str, Any], tenso
 
 
 def float_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a prepared model's state dict that the plain float model loads strictly."""
+    """Return the part of a prepared model's state dict that the plain float model loads strictly.
+
+    Weights of layers that scale their inputs are those of the layer that does not.
+    """
     quantizers = (".weight_quantizer.", ".input_quantizer.")
-    return {key: value for key, value in state_dict.items() if not any(part in f".{key}" for part in quantizers)}
+    found = by_feature_in(state_dict, "weight_quantizer")
+    return {key: value for key, value in found.items() if not any(part in f".{key}" for part in quantizers)}

@@ -26,6 +26,7 @@ from lightning_qat.nn.layer import make_quantized, unmake_qat
 from lightning_qat.nn.norm import norm_factor_and_shift
 from lightning_qat.nn.recurrent import RecurrentLayer, own_weights, prepared_names
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
+from lightning_qat.quantizers.input_arrangement import ARRANGEMENT
 from lightning_qat.quantizers.learned_scale import LearnedScale, check_scales
 from lightning_qat.quantizers.sharded import is_sharded
 from lightning_qat.schemes import TensorFormat, get_scheme
@@ -174,6 +175,7 @@ def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
         raise ValueError(f"the weight of layer {name!r} has magnitudes beyond {fmt.scheme}; use another scheme for it")
     codes = get_scheme(fmt.scheme).quantize(weight, scale, zero_point, fmt)
     input_format, tensors = _input_tensors(layer.input_quantizer, name)
+    tensors |= {name: None if (t := quantizer._buffers[name]) is None else t.clone() for name in ARRANGEMENT}
     axis, feeds_one_layer = layer.channel_axis, bool(quantizer.feeds_one_layer)
     unmake_qat(layer)
     _strip_reparametrization(layer)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.nn.attention import tensors_of
 from lightning_qat.nn.norm import norm_factor_and_shift
+from lightning_qat.quantizers.input_arrangement import ARRANGEMENT
 from lightning_qat.schemes import get_scheme
 from lightning_qat.transforms.calibrate import _call
 from lightning_qat.transforms.certificate import LayerParity, ParityReport, attach_report
@@ -68,7 +69,11 @@ class _Pair:
         if actual.shape != expected.shape:
             raise ValueError(f"layer {self.name!r} has another shape; converted must come from convert(trained)")
         same = (actual - expected).abs_() <= expected.abs_().mul_(_SAME_WEIGHT).add_(_NOTHING)
-        return int(same.numel() - same.count_nonzero()) + self._changed_ranges()
+        return int(same.numel() - same.count_nonzero()) + self._changed_ranges() + self._changed_arrangement()
+
+    def _changed_arrangement(self) -> int:
+        pairs = [(self.trained.weight_quantizer._buffers[n], self.converted._buffers[n]) for n in ARRANGEMENT]
+        return sum((a is None) != (b is None) or (a is not None and not torch.equal(a, b)) for a, b in pairs)  # type: ignore[arg-type]
 
     def _changed_ranges(self) -> int:
         quantizer, layer = self.trained.input_quantizer, self.converted

@@ -17,6 +17,7 @@ from lightning_qat.nn.norm import norm_factor_and_shift
 from lightning_qat.nn.recurrent import weights_of
 from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
+from lightning_qat.quantizers.input_arrangement import ARRANGEMENT, by_feature
 from lightning_qat.schemes import IntegerScheme, TensorFormat, get_scheme
 from lightning_qat.transforms.comparison import _decibel, _powers
 from lightning_qat.transforms.convert import _float_weight, _norm_of
@@ -43,6 +44,8 @@ class LayerStatistics:
         input_scale: calibrated, a scalar; None for ranges that are found at run time or not yet.
         input_zero_point: None for a symmetric grid and where there is no ``input_scale``.
         input_range: as ``range``; None where there is no ``input_scale``.
+        input_order: which feature of the input each column of the weight multiplies; None for column by column.
+        input_factor: what the layer multiplies that feature by before it is quantized; None for nothing.
         execution: arithmetic of a converted layer, see :attr:`QuantizedLayer.execution`; None for a prepared one.
     """
 
@@ -60,6 +63,8 @@ class LayerStatistics:
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
     input_range: tuple[float, float] | None = None
+    input_order: Tensor | None = None
+    input_factor: Tensor | None = None
     execution: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +124,7 @@ def _of_prepared(name: str, layer: QATLayer) -> LayerStatistics:
         **_of_weight(scale, zero_point, fmt),
         sqnr_db=_sqnr_db(weight, values),
         **_of_observed_input(layer.input_quantizer),
+        **_of_arrangement(quantizer),
     )
 
 
@@ -127,6 +133,7 @@ def _of_converted(name: str, layer: QuantizedLayer, weights: dict[str, Tensor]) 
     expected, sqnr_db = weights.get(name), None
     if expected is not None:
         values = get_scheme(layer.weight_format.scheme).dequantize(*held, torch.float32)
+        values = by_feature(values, layer.input_order, layer.input_factor)
         sqnr_db = _sqnr_db(expected.to(values.device), values)
     return LayerStatistics(
         name=name,
@@ -134,6 +141,7 @@ def _of_converted(name: str, layer: QuantizedLayer, weights: dict[str, Tensor]) 
         **_of_weight(*held[1:]),
         sqnr_db=sqnr_db,
         **_of_input(layer.input_scale, layer.input_zero_point, layer.input_format),
+        **_of_arrangement(layer),
         execution=layer.execution,
     )
 
@@ -159,6 +167,11 @@ def _of_observed_input(quantizer: ActivationQuantizer | None) -> dict[str, Any]:
     # Before calibration the buffers hold placeholders.
     known = quantizer.calibrated and not quantizer.format.dynamic
     return _of_input(quantizer.scale if known else None, quantizer.zero_point if known else None, quantizer.format)
+
+
+def _of_arrangement(holder: nn.Module) -> dict[str, Any]:
+    held = {name: holder._buffers[name] for name in ARRANGEMENT}
+    return {name: _kept(tensor) for name, tensor in held.items() if tensor is not None}
 
 
 def _of_input(scale: Tensor | None, zero_point: Tensor | None, fmt: TensorFormat | None) -> dict[str, Any]:
@@ -200,7 +213,11 @@ def _reference_weights(
         if not sure and name not in taken:
             continue  # one of the BatchNorms may be in it
         source: Any = layers[name]
-        weight = (_float_weight(source) if isinstance(source, QATLayer) else source.weight.detach()).float()
+        if isinstance(source, QATLayer):
+            quantizer = source.weight_quantizer
+            weight = by_feature(_float_weight(source).float(), quantizer.input_order, quantizer.input_factor)
+        else:
+            weight = source.weight.detach().float()
         if weight.shape != layer.weight_shape:
             shapes = f"{tuple(weight.shape)} and {tuple(layer.weight_shape)}"
             raise ValueError(
