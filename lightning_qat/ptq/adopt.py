@@ -25,8 +25,24 @@ def given_grid(layer: QATLayer) -> tuple[Tensor | None, Tensor | None]:
     return (quantizer.scale, quantizer.zero_point) if learned or quantizer.frozen else (None, None)
 
 
+def arranges_input(layer: QATLayer) -> bool:
+    """Return whether a layer scales its input, or takes its features in an order of its own."""
+    quantizer = layer.weight_quantizer
+    return quantizer.input_order is not None or quantizer.input_factor is not None
+
+
 def problem_of(layer: QATLayer, statistics: InputStatistics) -> LayerProblem:
-    """Return what an algorithm decides about."""
+    """Return what an algorithm decides about.
+
+    Args:
+        layer: whose weight it is.
+        statistics: of what comes to the layer, before it scales it.
+    """
+    quantizer = layer.weight_quantizer
+    if quantizer.input_order is not None:
+        statistics = statistics.ordered(quantizer.input_order)
+    if quantizer.input_factor is not None:
+        statistics = statistics.divided_by(quantizer.input_factor.reciprocal())
     weight = weight_now(layer).detach()
     if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         name = layer.weight_quantizer.name

@@ -41,6 +41,9 @@ class AWQOptions:
         codes: what the scales are for: ``"nearest"``, or ``"gptq"``, which lets later columns make up for an error.
         damping: share of the mean diagonal added to the Gram matrix where it is factored.
         clip: search for the range of each group after scaling.
+        keep_scales: where nothing before a Linear can take its scale in, let the Linear multiply its input by the
+            inverse, where that gains enough. Files of other libraries, ONNX excepted, have no place for that: False
+            leaves such layers unscaled.
     """
 
     grid_points: int = 20
@@ -52,12 +55,13 @@ class AWQOptions:
     codes: str = "nearest"
     damping: float = 0.01
     clip: bool = True
+    keep_scales: bool = True
 
     def __post_init__(self) -> None:
         for name in ("grid_points", "sampled_rows", "finalists"):
             check_int(name, getattr(self, name), 1)
         check_int("refinement_steps", self.refinement_steps, 0)
-        for name in ("refine", "clip"):
+        for name in ("refine", "clip", "keep_scales"):
             check_bool(name, getattr(self, name))
         if self.balanced is not None:
             check_bool("balanced", self.balanced)

@@ -11,12 +11,18 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lightning_qat.nn import QATLayer
+from lightning_qat.nn import QATLayer, QATLinear
+from lightning_qat.nn.attention import Projection
+from lightning_qat.ptq.adopt import arranges_input
 from lightning_qat.ptq.awq import AWQOptions, rows_are_independent, search_scales
-from lightning_qat.ptq.folding import Fold, apply_fold, find_folds, still_holding
+from lightning_qat.ptq.channels import multiply_columns
+from lightning_qat.ptq.folding import Fold, apply_fold, declined_scale, find_folds, still_holding
 from lightning_qat.ptq.smoothing import SmoothingOptions, search_smoothing
 from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.ptq.watch import Run, of_every_rank
+
+#: A scale that is kept at the input costs a multiplication at every call: it has to bring the loss below this share.
+_LEAST_GAIN = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +31,8 @@ class GroupScaling:
 
     Args:
         fold: which layers, and where their scale went or why nowhere.
-        scales: float32 ``[K]``: weights were multiplied by them, the source divided; None if nothing was changed.
+        scales: float32 ``[K]``: weights were multiplied by them, the source divided, or without one the input; None if
+            nothing was changed.
         loss: of the weights rounded to nearest, with the scales.
         plain_loss: the same without.
         alpha: exponent of the inputs' magnitude.
@@ -40,11 +47,11 @@ class GroupScaling:
     @property
     def note(self) -> str:
         """What a reader of the report should know."""
+        known = self.scales is not None and self.loss is not None and self.plain_loss is not None
+        share = f"{self.loss / max(self.plain_loss, 1e-30):.3f} of the loss without" if known else ""  # type: ignore[operator,type-var]
         if self.fold.source is None:
-            return f"no scale: {self.fold.reason}"
-        if self.scales is None or self.loss is None or self.plain_loss is None:
-            return "no scale: none is better"
-        return f"scale in {self.fold.source.name!r}: {self.loss / max(self.plain_loss, 1e-30):.3f} of the loss without"
+            return f"scale kept at the input, {self.fold.reason}: {share}" if known else f"no scale: {self.fold.reason}"
+        return f"scale in {self.fold.source.name!r}: {share}" if known else "no scale: none is better"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +59,8 @@ class BlockScaling:
     """What :func:`scale_block` did.
 
     Args:
-        groups: in the order of the groups that were given.
-        statistics: of the layers' inputs as they are now.
+        groups: in the order of the groups that were given; where scales are kept at the inputs, one for each layer.
+        statistics: of the layers' inputs as they are now: what comes to the layers, before these multiply it.
     """
 
     groups: tuple[GroupScaling, ...]
@@ -91,7 +98,8 @@ def scale_block(
 ) -> BlockScaling:
     """Multiply the weights of layers that share an input by the scales of least loss and divide what makes the input.
 
-    The block computes the same in float. Parameters are replaced, not written to.
+    Where nothing can be divided before a plain Linear, it divides its input itself, with scales of its own, if that
+    gains enough and the options say so. The block computes the same in float. Parameters are replaced, not written to.
 
     Args:
         block: in evaluation mode; a whole model where it has no blocks.
@@ -117,6 +125,9 @@ def scale_block(
     scalings = []
     for group in map(tuple, groups):
         fold = folds.get(group) or Fold(group, reason=_kept_apart(group, layers, statistics))
+        if fold.source is None and _may_keep(group, layers, statistics, options, untouchable):
+            scalings += [_kept(Fold((name,), reason=fold.reason), layers, statistics, options) for name in group]
+            continue
         scaling = GroupScaling(fold) if fold.source is None else _search(fold, layers, statistics, options)
         if scaling.scales is not None:
             apply_fold(fold, layers, scaling.scales)
@@ -148,7 +159,41 @@ def _kept_apart(group: Sequence[str], layers: Mapping[str, QATLayer], statistics
             return f"{name!r} has several groups of channels"
         if _has_given_grid(layers[name]):
             return f"the scales of {name!r} are given"
+        if arranges_input(layers[name]):
+            return f"{name!r} scales or orders its input already"
     return ""
+
+
+def _may_keep(
+    group: Sequence[str],
+    layers: Mapping[str, QATLayer],
+    statistics: Mapping[str, InputStatistics],
+    options: AWQOptions | SmoothingOptions,
+    untouchable: frozenset[int],
+) -> bool:
+    """Return whether layers of a group can divide their inputs themselves."""
+    if not options.keep_scales or _kept_apart(group, layers, statistics):
+        return False
+    plain = all(type(layers[n]).forward is QATLinear.forward and not isinstance(layers[n], Projection) for n in group)
+    return plain and not declined_scale(group, layers, untouchable)
+
+
+def _kept(
+    fold: Fold,
+    layers: Mapping[str, QATLayer],
+    statistics: Mapping[str, InputStatistics],
+    options: AWQOptions | SmoothingOptions,
+) -> GroupScaling:
+    """Let a layer divide its input by the scales of least loss, if they gain enough."""
+    found = _search(fold, layers, statistics, options)
+    if found.scales is None or found.loss is None or found.plain_loss is None:
+        return found
+    if found.loss > _LEAST_GAIN * found.plain_loss:
+        return GroupScaling(replace(fold, reason=f"{fold.reason}; kept at the input it gains too little"))
+    layer = layers[fold.layers[0]]
+    multiply_columns(layer, found.scales)
+    layer.weight_quantizer.arrange_input(None, found.scales.reciprocal())
+    return found
 
 
 def _has_given_grid(layer: QATLayer) -> bool:

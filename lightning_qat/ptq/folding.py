@@ -89,7 +89,7 @@ def find_folds(
         One for each group, in order.
     """
     with float_forward(block):
-        declined = {tuple(group): _declined(group, layers, untouchable) for group in groups}
+        declined = {tuple(group): declined_scale(group, layers, untouchable) for group in groups}
         open_groups = [group for group, reason in declined.items() if not reason]
         if not open_groups:
             return [Fold(tuple(group), reason=declined[tuple(group)]) for group in groups]
@@ -134,7 +134,7 @@ def still_holding(block: nn.Module, layers: Mapping[str, nn.Module], folds: Sequ
         return left
 
 
-def _declined(group: Sequence[str], layers: Mapping[str, nn.Module], untouchable: frozenset[int]) -> str:
+def declined_scale(group: Sequence[str], layers: Mapping[str, nn.Module], untouchable: frozenset[int]) -> str:
     """Return why the inputs of a group cannot be scaled at all, or nothing."""
     for name in group:
         layer = layers[name]

@@ -23,6 +23,7 @@ from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.ptq.adopt import adopt
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.outcome import LayerOutcome
+from lightning_qat.quantizers.input_arrangement import ARRANGEMENT
 from lightning_qat.schemes import TensorFormat
 
 FINGERPRINT = "fingerprint.json"
@@ -141,6 +142,8 @@ class Journal:
             tensors[f"{_LAYER}{name}:codes"] = quantizer.codes(weight_now(layer)).contiguous()
             tensors[f"{_LAYER}{name}:scale"] = quantizer.scale.contiguous()
             tensors[f"{_LAYER}{name}:zero_point"] = quantizer.zero_point.contiguous()
+            arrangement = {end: quantizer._buffers[end] for end in ARRANGEMENT}
+            tensors |= {f"{_LAYER}{name}:{end}": t for end, t in arrangement.items() if t is not None}
         quantized = {f"{name}.weight" for name in layers}
         for name, parameter in model.named_parameters():
             if parameter not in self._unchanged and name not in quantized and ".weight_quantizer." not in name:
@@ -202,6 +205,8 @@ def _adopt_again(name: str, layer: QATLayer, told: dict[str, Any], tensors: dict
     device = layer.weight.device
     codes, scale, zero = (tensors[f"{_LAYER}{name}:{end}"].to(device) for end in ("codes", "scale", "zero_point"))
     adopt(name, layer, ChosenCodes(codes, scale, zero, TensorFormat(**told), 0.0, 0.0))
+    kept = [tensors.get(f"{_LAYER}{name}:{end}") for end in ARRANGEMENT]
+    layer.weight_quantizer.arrange_input(*(None if t is None else t.to(device) for t in kept))
 
 
 def _read_json(path: Path) -> Any:

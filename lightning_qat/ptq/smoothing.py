@@ -16,7 +16,7 @@ from lightning_qat.ptq.awq import check_group, of_first, scaled_loss
 from lightning_qat.ptq.expected_error import first_of_each
 from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.schemes import TensorFormat
-from lightning_qat.validation import check_fraction, check_int
+from lightning_qat.validation import check_bool, check_fraction, check_int
 
 #: As in the published code.
 _LEAST = 1e-5
@@ -33,15 +33,18 @@ class SmoothingOptions:
             the value of least expected error, which may be to leave everything as it is.
         grid_points: values of ``alpha`` that are tried then, from 0 to 1.
         activation_bits: of the inputs, which share one step; in a prepared model those of its layers.
+        keep_scales: see :class:`lightning_qat.ptq.awq.AWQOptions`.
     """
 
     alpha: float | None = None
     grid_points: int = 20
     activation_bits: int = 8
+    keep_scales: bool = True
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
             check_fraction("alpha", self.alpha, include_one=True)
+        check_bool("keep_scales", self.keep_scales)
         check_int("grid_points", self.grid_points, 1)
         check_int("activation_bits", self.activation_bits, 2, 16)
 

@@ -56,6 +56,15 @@ class InputStatistics:
             high=bound if self.high > 0 else 0.0,
         )
 
+    def ordered(self, order: Tensor) -> InputStatistics:
+        """Return the statistics of the inputs with features in this order, int64 ``[K]``."""
+        return replace(
+            self,
+            gram=self.gram[order][:, order],
+            mean_magnitude=self.mean_magnitude[order],
+            max_magnitude=self.max_magnitude[order],
+        )
+
 
 def input_geometry(layer: nn.Module) -> tuple[int, int] | None:
     """Return ``(groups, K)`` of a layer that multiplies matrices; None of embeddings and transposed convolutions."""
