@@ -13,13 +13,14 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_qat.config import QuantizationPlan, check_int, resolve_plan
 from lightning_qat.metrics import Cosine
-from lightning_qat.ptq import PTQOptions, preflight, ptq_report, quantize_model
+from lightning_qat.ptq import PTQOptions, WeightFiles, preflight, ptq_report, quantize_model, without_weights
 from lightning_qat.ptq.journal import delete_journal
 from lightning_qat.ptq.methods import METHODS
 from lightning_qat.ptq.preflight import check_tasks
@@ -50,8 +51,10 @@ def quantize(cfg: DictConfig) -> list[Variant]:
     save_config(cfg, out)
     tracker: Tracker = make(cfg.logger, "logger")
     with tracked(cfg, tracker):
-        logger.info("the float model's test")
-        float_test = measure(task, data, trainer, seed=cfg.seed)
+        float_test = None
+        if not cfg.stream:
+            logger.info("the float model's test")
+            float_test = measure(task, data, trainer, seed=cfg.seed)
 
         batches = calibration_batches(cfg, data)
         logger.info("quantization with %d calibration batches", len(batches))
@@ -67,15 +70,13 @@ def quantize(cfg: DictConfig) -> list[Variant]:
                 verify=cfg.verify,
                 observer=table,
                 journal=journal,
+                weights=weight_files(cfg) if cfg.stream else None,
             )
         size = folder_bytes(save_quantized(quantized, out / MODEL))
 
         logger.info("the quantized model's test")
         quantized_test = measure(quantized, data, trainer, seed=cfg.seed)
-        variants = [
-            float_test.variant("float", float_bytes(task)),
-            with_cosine(quantized_test.variant("quantized", size, like=float_test), quantized_test, float_test),
-        ]
+        variants = compared(float_test, float_bytes(task), quantized_test, size)
         tracker.log_results([variant.row() for variant in variants])
         tracker.log_model(out / MODEL, variants[-1].row())
     report: Any = ptq_report(quantized)
@@ -101,6 +102,9 @@ def check(cfg: DictConfig) -> tuple[QuantizationPlan, PTQOptions]:
             if cfg[name] is not None:
                 check_int(name, cfg[name], 1)
         plan, options = resolve_plan(make(cfg.quantization, "quantization")), make(cfg.options, "options")
+        if cfg.stream and (cfg.verify or options.order == "one_pass"):
+            what = "verify=true" if cfg.verify else "options.order=one_pass"
+            raise ValueError(f"{what} needs all weights at once, and stream=true reads them block by block")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if cfg.threads is not None:
@@ -119,12 +123,43 @@ def check_layers(task: nn.Module, plan: QuantizationPlan, method: str | None) ->
 
 
 def float_task(cfg: DictConfig) -> L.LightningModule:
-    """Return the task with its pretrained weights."""
+    """Return the task with its pretrained weights, or without any where they are streamed."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.stream:
+        return empty_task(cfg)
     task = make_task(cfg.task).eval()
     if cfg.float_checkpoint is not None:
         load_weights(task, Path(cfg.float_checkpoint))
     return task
+
+
+def empty_task(cfg: DictConfig) -> L.LightningModule:
+    """Return the task without memory for its parameters; raise :class:`ConfigError` where the files hold others."""
+    files, node = weight_files(cfg), OmegaConf.create(OmegaConf.to_container(cfg.task, resolve=True))
+    if isinstance(network := node.get("model"), DictConfig) and "weights" in network:
+        network.weights = False
+    try:
+        with without_weights():
+            task = make_task(node).eval()
+    except InstantiationException as error:
+        told = f"{type(error.__cause__).__name__}: {error.__cause__}"
+        raise ConfigError(f"stream=true: the model cannot be built without its weights ({told})") from error
+    try:
+        files.match(task)
+    except ValueError as error:
+        raise ConfigError(f"stream=true: {error}") from error
+    return task
+
+
+def weight_files(cfg: DictConfig) -> WeightFiles:
+    """Return the files that weights are streamed from; raise :class:`ConfigError` where there are none."""
+    path = cfg.float_checkpoint or cfg.model.get("path")
+    if path is None:
+        raise ConfigError("stream=true reads safetensors; say where: float_checkpoint=FILE, or model=huggingface")
+    try:
+        return WeightFiles(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"stream=true: {error}") from error
 
 
 def calibration_batches(cfg: DictConfig, data: L.LightningDataModule) -> list[Any]:
@@ -138,6 +173,14 @@ def forward_of(task: L.LightningModule) -> Callable[[nn.Module, Any], Any]:
     if is_overridden("predict_step", task, L.LightningModule):
         return lambda model, batch: model.predict_step(batch, 0)  # type: ignore[operator]
     return lambda model, batch: model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def compared(float_test: Measurement | None, float_size: int, test: Measurement, size: int) -> list[Variant]:
+    """Return the rows of the table; of a float model that was never in memory only the size is known."""
+    if float_test is None:
+        return [Variant("float (not tested)", {}, float_size), test.variant("quantized", size)]
+    quantized = with_cosine(test.variant("quantized", size, like=float_test), test, float_test)
+    return [float_test.variant("float", float_size), quantized]
 
 
 def float_bytes(task: nn.Module) -> int:

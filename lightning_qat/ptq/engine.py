@@ -24,6 +24,7 @@ from lightning_qat.ptq.blocks import Block, Course, Segment, SegmentRunner, find
 from lightning_qat.ptq.channels import shared_parameters
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.folding import Fold
+from lightning_qat.ptq.freed_memory import return_freed_memory
 from lightning_qat.ptq.journal import Journal
 from lightning_qat.ptq.methods import METHODS, PTQOptions, choose_codes, reason_for_nearest
 from lightning_qat.ptq.nearest import choose_nearest
@@ -110,6 +111,11 @@ class Engine:
         ranges = bool(static_quantizers(model))
         self._packs = packs and (stream is not None or not ranges)
         self._holds_inputs = stream is not None and ranges
+        if self._holds_inputs and options.across_ranks:
+            raise ValueError(
+                "ranges of activations are calibrated block by block with weights=..., and not across ranks; use a "
+                "config with dynamic ranges, such as 'int8_dynamic', or one rank"
+            )
         self._modules = dict(model.named_modules())
         self._outcomes: list[LayerOutcome] = []
         self._done = 0
@@ -325,12 +331,14 @@ class Engine:
         self.observer.layer_done(outcome)
 
     def _pack(self, names: Sequence[str]) -> None:
+        """Give up the float weights of layers that are done."""
         if self._stream is not None:
             self._take(*(norm for name in names if (norm := self._layers[name].weight_quantizer.folded_norm)))
         if self._packs:
             convert_layers(self.model, [(name, self._layers[name]) for name in names])
         if self._stream is not None and self._holds_inputs:
             self._stream.hold_inputs(self._modules[name] for name in names)
+        return_freed_memory()
 
     # --- weights that are in files ------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.nn.computed_weight import weight_now
+from lightning_qat.ptq.freed_memory import return_freed_memory
 from lightning_qat.ptq.weight_files import MatchedWeights
 from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.schemes import TensorFormat
@@ -142,6 +143,7 @@ class WeightStream:
             for _, layer in qat_layers(module):
                 if weight_now(layer).is_meta:
                     layer.weight_quantizer.to("meta")
+        return_freed_memory()
 
 
 def _owns_weight(layer: QATLayer) -> bool:

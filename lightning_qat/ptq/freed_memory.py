@@ -1,0 +1,24 @@
+"""Giving memory that was freed back to the system, which then counts it no longer."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import lru_cache
+from typing import Any
+
+
+def return_freed_memory() -> None:
+    """Let glibc return the free pages of its heap; elsewhere nothing is done.
+
+    It keeps them where a smaller tensor lies above. Of a model of 24 blocks that is more than what is in use: 290 MB
+    instead of 130 after each block.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
