@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_qat.kernels.arithmetic import round_half_even
 from lightning_qat.kernels.fake_quantize import codes_of
-from lightning_qat.kernels.launch import EXACT, Tuned, blocks_of, on_device_of
+from lightning_qat.kernels.launch import EXACT, Tuned, blocks_of, launch, on_device_of
 
 #: Elements and warps of a program: 16 elements per thread.
 _TILE = 4096
@@ -165,10 +165,17 @@ def _launch(
         raise ValueError(f"{scale.numel()} scales of group_size={group} cover no tensor of {numel} elements")
     run = _RUN if per_tensor else gcd(group, _RUN)
     with on_device_of(source):
-        kernel[(blocks_of(numel, _TILE),)](
-            source.contiguous(), scale.contiguous(), scale if zero_point is None else zero_point.contiguous(), result,
-            numel, group, BITS=bits, SYMMETRIC=symmetric, ZERO=zero_point is not None, PER_TENSOR=per_tensor,
-            ROWS=_TILE // run, RUN=run, num_warps=_WARPS, **EXACT,
+        zero = scale if zero_point is None else zero_point.contiguous()
+        launch(
+            kernel,
+            (blocks_of(numel, _TILE),),
+            (source.contiguous(), scale.contiguous(), zero, result, numel, group),
+            {
+                "BITS": bits, "SYMMETRIC": symmetric, "ZERO": zero_point is not None, "PER_TENSOR": per_tensor,
+                "ROWS": _TILE // run, "RUN": run,
+            },
+            num_warps=_WARPS,
+            **EXACT,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from lightning_qat.nn.execution import IntegerKernel, static_input, takes_intege
 from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
 from lightning_qat.nn.region import RegionTensor, settled
 from lightning_qat.nn.single import init_from
-from lightning_qat.nn.triton_linear import takes_triton, triton_execution, triton_kernel
+from lightning_qat.nn.triton_linear import linear_by_ops, takes_ops, takes_triton, triton_execution, triton_kernel
 from lightning_qat.ops.bag_linear import BAG_TOKENS, bag_linear, bags_are_exact, bags_fit, pack_bags
 from lightning_qat.ops.digit_linear import DigitWeight, digit_linear, digits_are_exact, digits_pay, pack_digits
 from lightning_qat.ops.int4_linear import int4_fits, int4_is_exact, int4_linear, pack_int4
@@ -64,6 +64,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         kernel = self._on_gpu() if takes_triton(self, input) else self._kernel(input)
         if kernel is not None:
             return kernel(input, self.bias)
+        if takes_ops(self, input):
+            return linear_by_ops(self, input, self.bias)
         input, fmt = self.on_grid(input), self.weight_format
         scheme = get_scheme(fmt.scheme)
         if type(scheme).linear is Scheme.linear or input.dtype != self.weight_dtype:

@@ -2,6 +2,11 @@
 
 Weight-only formats of four bits are dequantized in registers; 8-bit weights and inputs are multiplied as integers. The
 grids are the trained ones, as on a CPU.
+
+An eager call launches the kernels itself: a dispatcher's call takes 20 to 35 microseconds, the product of one token 26.
+Under ``torch.compile`` the ops that launch them are traced, so packed weights stay packed in the graph. There 8-bit
+codes are unpacked and summed in every call, which ``torch._inductor.config.freezing`` does once. What
+``torch.export`` makes has the float form, which engines without these ops can lower.
 """
 
 from __future__ import annotations
@@ -14,11 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_qat.ops.affine import quantize_affine
 from lightning_qat.ops.codebook_tables import codebook
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 from lightning_qat.ops.int4_dequantize import int4_run
 from lightning_qat.ops.integer_linear import MAX_TERMS
+from lightning_qat.ops.quantize_packed import quantize_packed_op
+from lightning_qat.ops.token_quantize import token_quantize_op
+from lightning_qat.ops.w4a16_matmul import MANY_ROWS, w4a16_matmul_op
+from lightning_qat.ops.w8a8_matmul import w8a8_matmul_op
 from lightning_qat.schemes import CodebookScheme, IntegerScheme, get_scheme
 
 if TYPE_CHECKING:
@@ -29,10 +37,8 @@ TritonKernel = Callable[[Tensor, "Tensor | None"], Tensor]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-#: From so many rows on the weight is dequantized, for this product alone, and multiplied by the library. The kernel,
-#: which dequantizes for every tile, took 3.3 ms for 8192 rows of 8192 x 8192 bfloat16 on an H100, the dense product 1.4
-#: and dequantizing 0.07; for 256 rows 0.08 where dense takes 0.06.
-_MANY_ROWS = 512
+#: Where a compiled graph has the ops.
+_TRACED_ON = ("cuda",)
 
 
 def triton_execution(layer: QuantizedLayer) -> str | None:
@@ -61,12 +67,48 @@ def takes_triton(layer: QuantizedLayer, x: Tensor) -> bool:
     """Return whether this call can go to a kernel on a GPU, if the layer has one."""
     if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
         return False
-    if torch._C._functorch.maybe_current_level() is not None or torch.is_autocast_enabled("cuda"):
+    if torch._C._functorch.maybe_current_level() is not None:
         return False
-    if x.dtype != layer.weight_dtype or not x.numel() or x.shape[-1] != layer.weight_shape[1]:
+    return _fits(layer, x) and bool(x.numel())
+
+
+def takes_ops(layer: QuantizedLayer, x: Tensor) -> bool:
+    """Return whether the graph that is being compiled gets the ops instead of the float form."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or x.device.type not in _TRACED_ON:
+        return False
+    return _fits(layer, x) and triton_execution(layer) is not None
+
+
+def _fits(layer: QuantizedLayer, x: Tensor) -> bool:
+    if x.dtype != layer.weight_dtype or x.shape[-1] != layer.weight_shape[1] or torch.is_autocast_enabled("cuda"):
         return False
     bias: Any = layer.bias
     return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+
+
+# --- in a compiled graph --------------------------------------------------------------------------
+
+
+def linear_by_ops(layer: QuantizedLayer, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what the kernel of :func:`triton_kernel` does, in ops; the layer has one."""
+    execution, flat = triton_execution(layer), x.reshape(-1, x.shape[-1])
+    if execution == "triton w4a16":
+        scale, zero, size, name = _groups(layer)
+        result = w4a16_matmul_op(flat, layer.weight_packed, scale, zero, bias, layer.weight_shape[0], size, name)
+    else:
+        weight = (layer.codes, layer.weight_scale.reshape(-1))
+        if execution == "triton int8 per token":
+            codes, steps, _ = token_quantize_op(flat, True)
+            result = w8a8_matmul_op(codes, steps, *weight, bias, None, None, x.dtype)
+        else:
+            fmt, step, shifted = _static_input(layer)
+            codes = quantize_packed_op(flat, step, layer.input_zero_point, 8, fmt.symmetric, max(flat.numel(), 1))
+            signed = codes if shifted is None else (codes ^ 128).view(torch.int8)
+            result = w8a8_matmul_op(signed, step, *weight, bias, shifted, None, x.dtype)
+    return result.view(*x.shape[:-1], layer.weight_shape[0])
+
+
+# --- in an eager call -----------------------------------------------------------------------------
 
 
 def triton_kernel(layer: QuantizedLayer) -> TritonKernel | None:
@@ -79,30 +121,41 @@ def triton_kernel(layer: QuantizedLayer) -> TritonKernel | None:
     return _per_token(layer) if execution == "triton int8 per token" else _static(layer)
 
 
-def _weight_only(layer: QuantizedLayer) -> TritonKernel:
-    from lightning_qat.kernels.w4a16_matmul import launch_w4a16_matmul
-
-    fmt, packed = layer.weight_format, layer.weight_packed
+def _groups(layer: QuantizedLayer) -> tuple[Tensor, Tensor | None, int, str | None]:
+    """Return scale and zero point of the groups of a 4-bit weight, their size, and the name of the codebook."""
+    fmt, (rows, columns) = layer.weight_format, layer.weight_shape
     size: Any = fmt.block_size or int4_run(layer.weight_shape, fmt.axis, fmt.group_size)
-    # One scale for the tensor is one for each row: the kernel's groups do not reach beyond a row.
-    rows, columns = layer.weight_shape
     scale, zero_point = layer.scale.reshape(-1), layer.weight_zero_point
     zero = None if fmt.symmetric or zero_point is None else zero_point.reshape(-1)
+    # One scale for the tensor is one for each row: the kernel's groups do not reach beyond a row.
     if fmt.block_size is None and size > columns:
         size, scale = columns, scale.expand(rows).contiguous()
         zero = None if zero is None else zero.expand(rows).contiguous()
-    table = codebook(fmt.scheme, packed.device) if fmt.block_size is not None else None
+    return scale, zero, size, fmt.scheme if fmt.block_size is not None else None
 
+
+def _static_input(layer: QuantizedLayer) -> tuple[Any, Tensor, Tensor | None]:
+    """Return format and scale of a calibrated input, and the zero point that its codes have as int8."""
+    step: Any = layer.input_scale
+    zero_point = layer.input_zero_point
+    shifted = None if zero_point is None else torch.round(zero_point.float()).to(torch.int32).reshape(1) - 128
+    return layer.input_format, step.reshape(1), shifted
+
+
+def _weight_only(layer: QuantizedLayer) -> TritonKernel:
+    from lightning_qat.kernels.w4a16_matmul import launch_w4a16_matmul
+
+    packed, signed, (rows, columns) = layer.weight_packed, layer.weight_format.symmetric, layer.weight_shape
+    scale, zero, size, name = _groups(layer)
+    table = None if name is None else codebook(name, packed.device)
     owner = weakref.ref(layer)  # which keeps the kernel
 
     def kernel(x: Tensor, bias: Tensor | None) -> Tensor:
         flat = x.reshape(-1, columns)
-        if len(flat) >= _MANY_ROWS and x.dtype != torch.float32:
+        if len(flat) >= MANY_ROWS and x.dtype != torch.float32:
             alive: Any = owner()
             return F.linear(x, alive.weight, bias)
-        result = launch_w4a16_matmul(
-            flat, packed, scale, zero, bias, group_size=size, table=table, signed=fmt.symmetric
-        )
+        result = launch_w4a16_matmul(flat, packed, scale, zero, bias, group_size=size, table=table, signed=signed)
         return result.view(*x.shape[:-1], rows)
 
     return kernel
@@ -123,22 +176,19 @@ def _per_token(layer: QuantizedLayer) -> TritonKernel:
 
 
 def _static(layer: QuantizedLayer) -> TritonKernel:
+    from lightning_qat.kernels.affine import launch_quantize_pack
     from lightning_qat.kernels.w8a8_matmul import launch_w8a8_matmul
 
     codes, scale = layer.codes, layer.weight_scale.reshape(-1)
-    fmt: Any = layer.input_format
-    step: Any = layer.input_scale
-    zero_point = layer.input_zero_point
-    sums = codes.sum(1, dtype=torch.int32) if zero_point is not None else None
-    shifted = None if zero_point is None else torch.round(zero_point.float()).to(torch.int32) - 128
+    fmt, step, shifted = _static_input(layer)
+    zero_point, symmetric = layer.input_zero_point, fmt.symmetric
+    sums = codes.sum(1, dtype=torch.int32) if shifted is not None else None
 
     def kernel(x: Tensor, bias: Tensor | None) -> Tensor:
-        rows = quantize_affine(x.reshape(-1, x.shape[-1]), step, zero_point, bits=8, symmetric=fmt.symmetric)
+        rows = launch_quantize_pack(x.reshape(-1, x.shape[-1]), step, zero_point, bits=8, symmetric=symmetric)
         if shifted is not None:
             rows = (rows ^ 128).view(torch.int8)
-        result = launch_w8a8_matmul(
-            rows, step.reshape(1), codes, scale, bias, a_zero_point=shifted, b_sums=sums, dtype=x.dtype
-        )
+        result = launch_w8a8_matmul(rows, step, codes, scale, bias, a_zero_point=shifted, b_sums=sums, dtype=x.dtype)
         return result.view(*x.shape[:-1], codes.shape[0])
 
     return kernel

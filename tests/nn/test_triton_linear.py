@@ -1,0 +1,136 @@
+"""Converted layers in compiled graphs: packed weights stay packed, by the ops whose kernels a GPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensors import randn
+from torch import Tensor, nn
+
+import lightning_qat as lq
+from lightning_qat.nn import triton_linear
+from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is installed on Linux only")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: Config -> the ops of the graph.
+CASES: dict[str, tuple[Any, set[str]]] = {
+    "w4a16": (lq.QATConfig("int4", group_size=32, activation_bits=None), {"w4a16_matmul"}),
+    "asymmetric": (lq.QATConfig("int4", group_size=32, activation_bits=None, symmetric=False), {"w4a16_matmul"}),
+    "per channel": (lq.QATConfig("int4", per_channel=True, activation_bits=None), {"w4a16_matmul"}),
+    "per tensor": (lq.QATConfig("int4", activation_bits=None, symmetric=False), {"w4a16_matmul"}),
+    "nf4": (lq.QATConfig("nf4", activation_bits=None), {"w4a16_matmul"}),
+    "nested": (
+        lq.QATConfig("nf4", activation_bits=None, bnb=lq.BitsAndBytesConfig(bits=4, nested_quantization=True)),
+        {"codebook_dequantize", "w4a16_matmul"},
+    ),
+    "fp4": (lq.QATConfig("fp4", activation_bits=None, group_size=32), {"w4a16_matmul"}),
+    "int8_dynamic": ("int8_dynamic", {"token_quantize", "w8a8_matmul"}),
+    "int8": ("int8", {"quantize_packed", "w8a8_matmul"}),
+    "symmetric": (lq.QATConfig("int8", activation_symmetric=True), {"quantize_packed", "w8a8_matmul"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _traced_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the graph has the ops on the CPU, whose kernels are their definitions or as exact."""
+    monkeypatch.setattr(triton_linear, "_TRACED_ON", (DEVICE,))
+    torch.compiler.reset()  # which counts how often one forward was compiled
+
+
+class Seen:
+    """A backend that keeps what the graphs call, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.ops: set[str] = set()
+        self.graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        names = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+        self.ops |= {name.split(".")[1] for name in names if name.startswith("lightning_qat.")}
+        self.ops |= {name for name in names if "linear" in name}
+        return module.forward
+
+
+def converted(config: object, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48))
+    return lq.quantize_model(model, config, calibration=[randn(16, 64)])[0].to(dtype).to(DEVICE)
+
+
+def exact(layer: Any, x: Tensor) -> Tensor:
+    return nn.functional.linear(layer.quantized_input(x).double(), layer.weight.double(), layer.bias.double())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_graph_holds_the_ops_and_computes_the_same(name: str, dtype: torch.dtype) -> None:
+    config, ops = CASES[name]
+    layer, seen = converted(config, dtype), Seen()
+    x = randn(2, 9, 64, seed=1).to(dtype).to(DEVICE)
+    with torch.no_grad():
+        actual, expected = torch.compile(layer, backend=seen, fullgraph=True)(x), exact(layer, x)
+    assert seen.ops == ops
+    assert (actual.dtype, actual.shape) == (dtype, expected.shape)
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    assert (actual.double() - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["w4a16", "nf4", "int8_dynamic", "int8"])
+def test_any_batch_in_one_graph(name: str) -> None:
+    layer, seen = converted(CASES[name][0]), Seen()
+    compiled = torch.compile(layer, backend=seen, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (5, 2, 33):
+            x = randn(rows, 64, seed=rows).to(DEVICE)
+            torch.testing.assert_close(compiled(x).double(), exact(layer, x), rtol=1e-5, atol=1e-5)
+        assert compiled(randn(0, 64).to(DEVICE)).shape == (0, 48)
+    assert seen.graphs <= 2
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "int8_dynamic"])
+def test_the_compiler_that_users_have(name: str) -> None:
+    layer = converted(CASES[name][0])
+    x = randn(4, 64, seed=1).to(DEVICE)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True)(x)
+        torch.testing.assert_close(compiled.double(), exact(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_codes_that_change_are_computed_with() -> None:
+    layer, other = converted(CASES["int8"][0]), converted(CASES["int8"][0])
+    x, compiled = randn(4, 64, seed=1).to(DEVICE), torch.compile(layer, backend=Seen(), fullgraph=True)
+    with torch.no_grad():
+        compiled(x)
+        other.weight_packed.copy_(other.weight_packed.flip(0))
+        layer.load_state_dict(other.state_dict())
+        torch.testing.assert_close(compiled(x).double(), exact(other, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["gradient", "other dtype", "other scheme"])
+def test_what_has_no_op_takes_the_float_form(wanted: str) -> None:
+    layer = converted("int8_weight_only" if wanted == "other scheme" else CASES["nf4"][0])
+    x = randn(4, 64, seed=1).to(DEVICE).requires_grad_(wanted == "gradient")
+    seen = Seen()
+    run = torch.compile(layer.double() if wanted == "other dtype" else layer, backend=seen, fullgraph=True)
+    with torch.set_grad_enabled(wanted == "gradient"):
+        actual = run(x.double() if wanted == "other dtype" else x)
+    assert not {"w4a16_matmul", "w8a8_matmul"} & seen.ops
+    torch.testing.assert_close(actual.double(), exact(layer, x.to(actual.dtype)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "int8_dynamic"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_has_the_float_form(name: str, strict: bool) -> None:
+    layer, x = converted(CASES[name][0]), randn(4, 64).to(DEVICE)
+    with torch.no_grad():  # not a layer alone: without strict, PyTorch miscounts buffers of the root that are None
+        program = torch.export.export(nn.Sequential(layer), (x,), strict=strict)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not [name for name in names if "matmul" in name or "quantize_packed" in name or "token_quantize" in name]
+    assert [name for name in names if "linear" in name]
