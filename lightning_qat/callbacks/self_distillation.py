@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,17 +14,28 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qat.callbacks.both_lightnings import in_both, serve_both
 from lightning_qat.callbacks.quantization_monitor import _compiled
-from lightning_qat.transforms.distillation import DistillationLoss, as_teacher, distillation_gradient
+from lightning_qat.transforms.distillation import (
+    DistillationLoss,
+    as_teacher,
+    distillation_gradient,
+    weights_of,
+    with_weights,
+)
 from lightning_qat.transforms.penalty import check_factor
 from lightning_qat.transforms.prepare import qat_layers
 from lightning_qat.validation import check_choice, nearest_first
+
+#: Which weights the teacher has.
+Teacher = Literal["now", "start"]
 
 
 class SelfDistillation(pl.Callback):
     """Train as if ``weight * distillation loss`` were added to the loss of an unchanged LightningModule.
 
     The teacher is the float forward of the same latent weights: no second model in memory, no file to load, and it
-    gets better as the weights do. Before each forward pass of the module in training the same inputs go through it
+    gets better as the weights do. It also follows them wherever the student's gradient takes them, the student's error
+    with it: where the student cannot be better than its teacher (a pretrained model, few data, no labels),
+    ``teacher="start"`` is the better one, at the cost of a copy of the weights. Before each forward pass of the module in training the same inputs go through it
     once more with fake quantization switched off and without gradients, with the same dropout; BatchNorm statistics,
     observers, the random state and attributes stay as they were. The gradient of the loss, which is known as soon as
     the student's output is, joins the one that arrives at that output in the backward pass: divided by
@@ -45,6 +57,11 @@ class SelfDistillation(pl.Callback):
         output: which part of an output that is a dict, a tuple or an object with attributes; None takes a tensor, or
             ``logits``.
         class_dim: dimension of the classes for ``"kl"``; 1 for images ``[N, classes, H, W]``.
+        teacher: ``"now"``, the weights as they are, in the mode that they train in; or ``"start"``, those (and the
+            buffers) that the fit began with, in evaluation mode. They are kept in checkpoints, so that a run that goes
+            on has the same teacher.
+        task_weight: what the gradient of the module's own loss is multiplied by where it arrives at the output; 0 lets
+            the teacher alone teach.
 
     Raises:
         ValueError: for settings that are not allowed; in training for names that the module does not have, for
@@ -60,6 +77,8 @@ class SelfDistillation(pl.Callback):
         loss: DistillationLoss = "kl",
         output: str | int | None = None,
         class_dim: int = -1,
+        teacher: Teacher = "now",
+        task_weight: float = 1.0,
     ) -> None:
         serve_both(SelfDistillation)
         super().__init__()
@@ -73,6 +92,11 @@ class SelfDistillation(pl.Callback):
         self.loss: DistillationLoss = check_choice("loss", loss, ("kl", "mse"))  # type: ignore[assignment]
         self.output = output
         self.class_dim = class_dim
+        self.teacher: Teacher = check_choice("teacher", teacher, ("now", "start"))  # type: ignore[assignment]
+        self.task_weight = check_factor("task_weight", task_weight)
+        #: Of ``teacher="start"``: for each name in ``layers``, the tensors of the module, and whether a checkpoint's.
+        self._start: dict[str, dict[str, Tensor]] = {}
+        self._restored = False
         self._handles: list[Any] = []
         #: Of forward passes that have begun: the module, and what the teacher said.
         self._said: list[tuple[nn.Module, Tensor]] = []
@@ -89,17 +113,50 @@ class SelfDistillation(pl.Callback):
                 raise ValueError(f"layers={name!r}: {type(pl_module).__name__} has no such module; nearest: {nearest}")
         self._remove(pl_module)
         self._warned = False
+        self._begin(modules)
         for name in self.layers:
-            self._watch(trainer, modules[name])
+            self._watch(trainer, modules[name], self._start.get(name))
         _forget_graphs(pl_module)
 
-    def _watch(self, trainer: pl.Trainer, module: nn.Module) -> None:
+    def _begin(self, modules: dict[str, nn.Module]) -> None:
+        """Have the teacher's weights: of the checkpoint that the run goes on from, or as they are."""
+        restored, self._restored = self._restored, False
+        if self.teacher != "start":
+            self._start = {}
+        elif not restored:
+            self._start = {name: weights_of(modules[name]) for name in self.layers}
+        else:
+            for name, kept in self._start.items():
+                now = weights_of(modules[name])
+                if kept.keys() != now.keys():
+                    raise ValueError(
+                        f"the checkpoint's teacher of layers={name!r} has other parameters than the module; go on with "
+                        "the module that it was written from"
+                    )
+                self._start[name] = {key: tensor.to(now[key]) for key, tensor in kept.items()}
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(layers=self.layers, output=self.output)  # there may be several of these
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self._start} if self._start else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "start" in state_dict:
+            if set(state_dict["start"]) != set(self.layers):
+                raise ValueError(
+                    f"layers={self.layers!r} is not what the checkpoint was trained with: {tuple(state_dict['start'])}"
+                )
+            self._start, self._restored = dict(state_dict["start"]), True
+
+    def _watch(self, trainer: pl.Trainer, module: nn.Module, start: dict[str, Tensor] | None) -> None:
         # Functions and not methods: a copy of the module then shares them instead of copying this callback.
 
         @torch.compiler.disable
         def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if called is module and _trains(trainer, called):
-                self._said.append((called, self._ask_teacher(called, args, kwargs)))
+                self._said.append((called, self._ask_teacher(called, args, kwargs, start)))
 
         @torch.compiler.disable
         def after(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -109,8 +166,10 @@ class SelfDistillation(pl.Callback):
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 
-    def _ask_teacher(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the output that ``module`` has in float."""
+    def _ask_teacher(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], start: dict[str, Tensor] | None
+    ) -> Tensor:
+        """Return the output that ``module`` has in float, with the weights ``start`` if there are any."""
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "SelfDistillation: a module of layers= is run again in the backward pass, by activation "
@@ -118,7 +177,7 @@ class SelfDistillation(pl.Callback):
             )
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and not leaf.is_inference()]
         versions = [leaf._version for leaf in inputs]
-        with as_teacher(module):
+        with as_teacher(module), nullcontext() if start is None else with_weights(module, start):
             # Not ``module(...)``: its own pre-hooks have seen these arguments.
             said = _part(module.forward(*args, **kwargs), self.output)
         if versions != [leaf._version for leaf in inputs]:
@@ -132,8 +191,8 @@ class SelfDistillation(pl.Callback):
         """Measure the distillation loss, and let its gradient join that of ``student``."""
         loss, gradient = distillation_gradient(student.detach(), teacher, self.loss, self.temperature, self.class_dim)
         self._losses.append(loss)
-        if self.weight and student.requires_grad:
-            student.register_hook(_joining(trainer, gradient.mul_(self.weight)))
+        if (self.weight or self.task_weight != 1) and student.requires_grad:
+            student.register_hook(_joining(trainer, gradient.mul_(self.weight), self.task_weight))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -212,8 +271,8 @@ def _part(output: Any, which: str | int | None) -> Tensor:
     )
 
 
-def _joining(trainer: pl.Trainer, gradient: Tensor) -> Callable[[Tensor], Tensor | None]:
-    """Return a hook that adds ``gradient``, once, scaled as the loss is that is going backward."""
+def _joining(trainer: pl.Trainer, gradient: Tensor, factor: float) -> Callable[[Tensor], Tensor | None]:
+    """Return a hook that adds ``gradient`` to ``factor`` times what is there, once, scaled as that loss is."""
     pending = [gradient]
 
     def hook(grad: Tensor) -> Tensor | None:
@@ -223,6 +282,7 @@ def _joining(trainer: pl.Trainer, gradient: Tensor) -> Callable[[Tensor], Tensor
         if trainer.lightning_module.automatic_optimization:
             added = added / trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return grad + (added if scaler is None else scaler.scale(added)).to(grad.dtype)
+        own = grad if factor == 1 else grad * factor
+        return own + (added if scaler is None else scaler.scale(added)).to(grad.dtype)
 
     return hook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import sys
 from collections import deque
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_qat.quantizers.sharded import is_sharded
 from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.transforms.phase import float_forward
 from lightning_qat.transforms.prepare import qat_layers
@@ -45,6 +47,53 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
         finally:
             for quantizer, (observing, calibrated) in zip(inputs, flags, strict=True):
                 quantizer.observing, quantizer.calibrated = observing, calibrated
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the parameters and buffers of ``model`` but for those of quantizers; tied ones are one.
+
+    Raises:
+        ValueError: a parameter is sharded over ranks.
+    """
+    copies: dict[int, Tensor] = {}
+    found = {}
+    for name, tensor in _float_tensors(model):
+        if is_sharded(tensor):
+            raise ValueError(
+                f"the parameter {name!r} is sharded, so no copy of it can teach; use teacher='now', the float forward "
+                "of the weights as they are, or DDP"
+            )
+        found[name] = copies.setdefault(id(tensor), tensor.detach().clone())
+    return found
+
+
+@contextlib.contextmanager
+def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Let ``model`` have ``weights`` of :func:`weights_of` inside, on their devices, and be in evaluation mode.
+
+    Parameters stay the objects that they are: whoever holds one, as recurrent layers do, computes with its data.
+    """
+    parts = [(part, part.training) for part in model.modules()]
+    kept = [(tensor, tensor.data) for _, tensor in _float_tensors(model)]
+    try:
+        for name, tensor in _float_tensors(model):
+            tensor.data = weights[name]
+        for part, _ in parts:
+            part.training = False
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+        for part, training in parts:
+            part.training = training
+
+
+def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, part in model.named_modules():
+        if not isinstance(part, QuantizationState):
+            for name, tensor in itertools.chain(part._parameters.items(), part._buffers.items()):
+                if tensor is not None:
+                    yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 @contextlib.contextmanager
