@@ -312,7 +312,7 @@ class ByHandStart(ByHand):
 
     share = 1.0
 
-    def on_train_start(self):
+    def on_fit_start(self):  # before the ranges are calibrated
         self.twin[0].double().eval().load_state_dict(lq.float_state_dict(self.state_dict()))
 
     def training_step(self, batch, batch_idx):
