@@ -72,11 +72,12 @@ def quantize(cfg: DictConfig) -> list[Variant]:
                 journal=journal,
                 weights=weight_files(cfg) if cfg.stream else None,
             )
-        size = folder_bytes(save_quantized(quantized, out / MODEL))
+        size, float_size = folder_bytes(save_quantized(quantized, out / MODEL)), float_bytes(task)
+        del task  # its memory is free from when the Trainer has the other one
 
         logger.info("the quantized model's test")
         quantized_test = measure(quantized, data, trainer, seed=cfg.seed)
-        variants = compared(float_test, float_bytes(task), quantized_test, size)
+        variants = compared(float_test, float_size, quantized_test, size)
         tracker.log_results([variant.row() for variant in variants])
         tracker.log_model(out / MODEL, variants[-1].row())
     report: Any = ptq_report(quantized)
@@ -135,7 +136,8 @@ def float_task(cfg: DictConfig) -> L.LightningModule:
 
 def empty_task(cfg: DictConfig) -> L.LightningModule:
     """Return the task without memory for its parameters; raise :class:`ConfigError` where the files hold others."""
-    files, node = weight_files(cfg), OmegaConf.create(OmegaConf.to_container(cfg.task, resolve=True))
+    files = weight_files(cfg)
+    node: Any = OmegaConf.create(OmegaConf.to_container(cfg.task, resolve=True))
     if isinstance(network := node.get("model"), DictConfig) and "weights" in network:
         network.weights = False
     try:
@@ -190,11 +192,10 @@ def float_bytes(task: nn.Module) -> int:
 
 def with_cosine(variant: Variant, test: Measurement, like: Measurement) -> Variant:
     """Return a row of embeddings, which have no metric of their own, with their cosine to the float model's."""
-    if test.metrics or test.outputs is None or like.outputs is None or test.outputs.dim() != 2:
+    if test.metrics or test.outputs is None or like.outputs is None or len(test.outputs.shapes[0]) != 2:
         return variant
-    metric = Cosine()
-    metric.update(like.outputs, test.outputs)
-    return replace(variant, metrics={"cosine": float(metric.compute())})
+    cosine = test.compared(like, Cosine())
+    return variant if cosine is None else replace(variant, metrics={"cosine": cosine})
 
 
 @contextmanager

@@ -11,6 +11,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+#: Logits that are evaluated at once: probabilities of a window of 49,152 words take as much memory as its logits.
+_PIECE = 2**22
+
 
 class LanguageModel(L.LightningModule):
     """Next-token cross-entropy, AdamW, and a cosine that ends with the run.
@@ -87,8 +90,14 @@ class LanguageModel(L.LightningModule):
 
     def _evaluate(self, stage: str, batch: Tensor, perplexity: Any) -> None:
         logits = self(batch)
-        self.log(f"{stage}/loss", next_token_loss(logits, batch), batch_size=len(batch))
-        perplexity(logits[:, :-1].float(), batch[:, 1:])
+        targets = batch[:, 1:]
+        total, step = 0.0, max(_PIECE // max(logits[:, :1].numel(), 1), 1)
+        for start in range(0, targets.shape[1], step):
+            ids = targets[:, start : start + step]
+            values = logits[:, start : start + ids.shape[1]].float()
+            total += F.cross_entropy(values.flatten(0, 1), ids.flatten(), reduction="sum")
+            perplexity.update(values, ids)
+        self.log(f"{stage}/loss", total / targets.numel(), batch_size=len(batch))
         self.log(f"{stage}/perplexity", perplexity, prog_bar=True)
 
 

