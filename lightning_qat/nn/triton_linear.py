@@ -4,9 +4,10 @@ Weight-only formats of four bits are dequantized in registers; 8-bit weights and
 grids are the trained ones, as on a CPU.
 
 An eager call launches the kernels itself: a dispatcher's call takes 20 to 35 microseconds, the product of one token 26.
-Under ``torch.compile`` the ops that launch them are traced, so packed weights stay packed in the graph. There 8-bit
-codes are unpacked and summed in every call, which ``torch._inductor.config.freezing`` does once. What
-``torch.export`` makes has the float form, which engines without these ops can lower.
+Under ``torch.compile`` the ops that launch them are traced, so weights stay packed in the graph. There the sums of
+8-bit codes, which an asymmetric static input needs, are made in every call; ``torch._inductor.config.freezing`` keeps
+them.
+What ``torch.export`` makes has the float form.
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lightning_qat.ops.codebook import (
     codebook_dequantize_op,
+    codebook_fake_quantize_op,
     codebook_quantize_op,
     reference_dequantize,
+    reference_fake_quantize,
     reference_quantize,
 )
 from lightning_qat.ops.codebook_tables import (
@@ -28,6 +30,7 @@ from lightning_qat.ops.codebook_tables import (
 )
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 from lightning_qat.ops.int4_dequantize import int4_dequantize_op, reference_int4_dequantize
+from lightning_qat.ops.layout import match_layout
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,6 +67,18 @@ def codebook_dequantize_cuda(
     return launch_codebook_dequantize(packed, absmax, table, numel, block_size=block_size, dtype=dtype)
 
 
+def codebook_fake_quantize_cuda(
+    x: Tensor, absmax: Tensor, stored: Tensor | None, name: str, block_size: int, rule: str
+) -> Tensor:
+    """The definition by way of stored codes, which are a small part of the bytes: two launches, and one for NaN."""
+    if not _takes(block_size, x.dtype, x.numel()):
+        return reference_fake_quantize(x, absmax, stored, name, block_size, rule)
+    packed, _ = codebook_quantize_cuda(x, absmax, name, block_size, rule)
+    scale = absmax if stored is None else stored
+    values = codebook_dequantize_cuda(packed, scale, x.numel(), name, block_size, x.dtype).view(x.shape)
+    return match_layout(torch.where(x.isnan(), x, values), x)
+
+
 def int4_dequantize_cuda(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, numel: int, run: int, dtype: torch.dtype
 ) -> Tensor:
@@ -88,4 +103,5 @@ def _search(name: str, rule: str, device: torch.device) -> Tensor:
 if HAS_TRITON:
     codebook_quantize_op.register_kernel("cuda")(codebook_quantize_cuda)
     codebook_dequantize_op.register_kernel("cuda")(codebook_dequantize_cuda)
+    codebook_fake_quantize_op.register_kernel("cuda")(codebook_fake_quantize_cuda)
     int4_dequantize_op.register_kernel("cuda")(int4_dequantize_cuda)

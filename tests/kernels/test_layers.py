@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.cases import same
 from tensors import randn
 from torch import nn
 
 import lightning_qat as lq
 from lightning_qat.nn.triton_linear import triton_execution, triton_kernel
 from lightning_qat.ops import codebook_cuda
-from lightning_qat.ops.codebook import reference_dequantize, reference_quantize
+from lightning_qat.ops.codebook import (
+    block_absmax,
+    reference_dequantize,
+    reference_fake_quantize,
+    reference_quantize,
+)
 from lightning_qat.ops.int4_dequantize import reference_int4_dequantize
 from lightning_qat.ops.packing import pack_bits
 
@@ -67,6 +77,38 @@ def test_ops_are_the_definition(device: str, name: str, rule: str, count: int) -
     assert torch.equal(absmax.cpu(), given[1])
     values = codebook_cuda.codebook_dequantize_cuda(packed, absmax, count, name, 64, torch.float32)
     assert torch.equal(values.cpu(), reference_dequantize(*given, count, name, 64, torch.float32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(("nf4", "fp4", "dynamic_tree")),
+    st.sampled_from(("cpu", "cuda")),
+    st.sampled_from(((1,), (7, 9), (3, 64), (5, 130))),
+    st.sampled_from((48, 64, 128)),
+    st.sampled_from((torch.float32, torch.float16, torch.bfloat16, torch.float64)),
+    st.lists(st.sampled_from((math.nan, math.inf, -math.inf, 0.0, 1e-42, -3e4)), max_size=4),
+    st.booleans(),
+)
+def test_fake_quantization_by_codebooks_is_the_definition(
+    device: str,
+    name: str,
+    rule: str,
+    shape: tuple[int, ...],
+    block_size: int,
+    dtype: torch.dtype,
+    special: list[float],
+    transposed: bool,
+) -> None:
+    x = randn(*shape, seed=block_size).to(dtype)
+    x.view(-1)[: len(special)] = torch.tensor(special, dtype=dtype)[: x.numel()]
+    x = x.t().contiguous().t() if transposed and x.dim() > 1 else x
+    absmax = block_absmax(x.nan_to_num(0.0, 3.0, -3.0), block_size)
+    for stored in (None, absmax * 0.97):
+        expected = reference_fake_quantize(x, absmax, stored, name, block_size, rule)
+        moved = [None if t is None else t.to(device) for t in (x, absmax, stored)]
+        actual = codebook_cuda.codebook_fake_quantize_cuda(*moved, name, block_size, rule)
+        assert same(actual, expected)
+        assert actual.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("zero", [False, True])
