@@ -49,7 +49,7 @@ class _Again:
             )
         if self.kept is not None:
             return self.kept.as_strided(*saved)
-        with torch.no_grad(), passing_results():
+        with passing_results():  # ``source`` is detached: no graph is made where one is kept
             whole = self.scheme.fake_quantize_through(self.source, *self.parameters)
         if self.made is not None:
             self.made[:] = [whole]
@@ -69,22 +69,26 @@ def _may_keep(quantizer: FakeQuantizer | None) -> TypeGuard[WeightQuantizer]:
 
 def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tuple[Tensor, _Again | None]:
     """Return the fake-quantized ``source`` and how to make it again; itself and None where it stays in float."""
-    stays = quantizer is not None and quantizer.learned is not None and not quantizer.learns_from(source)
-    if quantizer is not None and quantizer.learned is not None and not stays:
+    if quantizer is None:
+        return source, None
+    learned = quantizer.learned
+    stays = learned is not None and not quantizer.learns_from(source)
+    if learned is not None and not stays:
         source = quantizer.joined(source)
-    if _may_keep(quantizer) and not torch.compiler.is_compiling():
+    plain = not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and has_memory_of_its_own(source)
+    if plain and _may_keep(quantizer):
         kept: Any = quantizer.kept
-        found = kept.get(quantizer, source) if has_memory_of_its_own(source) else None
+        found = kept.get(quantizer, source)
         if found is not None:
             again = _Again(source, found[2], quantizer)
             again.kept = found[1]
             if quantizer.debug_callback is not None:
                 tell(quantizer, source, found[1], found[2])
             return found[0], again if torch.is_grad_enabled() else None
-    parameters = None if quantizer is None else quantizer.parameters_now(source)
-    if quantizer is None or parameters is None:
+    parameters = quantizer.parameters_now(source)
+    if parameters is None:
         return source, None
-    if torch.compiler.is_compiling() or not has_memory_of_its_own(source) or torch.jit.is_tracing():
+    if not plain:
         if stays:
             return quantizer.scheme.fake_quantize(source, *parameters), None
         return quantizer.fake_quantize(source, parameters), None
@@ -100,7 +104,7 @@ def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tupl
     if not torch.is_grad_enabled():
         return quantized, None
     again = _Again(source, parameters, quantizer)
-    again.made = made if quantizer.learns_now and not stays else None
+    again.made = made if learned is not None and quantizer.learns_now and not stays else None
     return quantized, again
 
 

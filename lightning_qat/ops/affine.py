@@ -7,6 +7,9 @@ arithmetic are those of :func:`lightning_qat.ops.fake_quantize.fake_quantize`:
 
 from __future__ import annotations
 
+import math
+import struct
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from lightning_qat.ops.fake_quantize import quant_range, resolve_grid, round_to_
 from lightning_qat.ops.layout import match_layout, resolve_layout, view_parameter, view_runs
 
 _FLOAT32 = torch.finfo(torch.float32)
+_SINGLE = struct.Struct("f")
 
 
 def choose_scale_zero_point(low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
@@ -41,6 +45,11 @@ def choose_scale_zero_point(low: Tensor, high: Tensor, *, bits: int, symmetric: 
     if low.shape != high.shape:
         raise ValueError(f"low has shape {tuple(low.shape)} and high {tuple(high.shape)}; they must be equal")
     quant_min, quant_max = quant_range(bits, symmetric)
+    if low.numel() == 1 and takes_pieces(low, high):
+        one = _of_one_range(float(low), float(high), bits, symmetric)
+        if one is not None:
+            scale = torch.full(low.shape, one[0], dtype=torch.float32)
+            return scale, None if symmetric else torch.full(low.shape, one[1], dtype=torch.int32)
     if symmetric:
         return scale_of_absmax(torch.maximum(-low.to(torch.float32), high.to(torch.float32)), bits), None
     low = low.to(torch.float32).clamp(_FLOAT32.min, 0.0)
@@ -51,6 +60,34 @@ def choose_scale_zero_point(low: Tensor, high: Tensor, *, bits: int, symmetric: 
     zero_point = torch.round(-low / scale).clamp(quant_min, quant_max)
     # NaN has no integer: what it becomes differs between devices.
     return scale, torch.nan_to_num(zero_point, nan=0.0).to(torch.int32)
+
+
+def _of_one_range(low: float, high: float, bits: int, symmetric: bool) -> tuple[float, int] | None:
+    """Return scale and zero point of one range, by Python's numbers: single ones cost a tensor operation its call.
+
+    None where the range is not finite.
+
+    A float64 result of two float32 numbers, rounded to float32, is the float32 result: it has more than twice the bits.
+    """
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    low, high = (max(min(bound, _FLOAT32.max), _FLOAT32.min) for bound in (low, high))  # float64 given
+    low, high = _single(low), _single(high)
+    quant_max = quant_range(bits, symmetric)[1]
+    if symmetric:
+        absmax = max(-low, high, 0.0)
+        scale = _single(absmax / (quant_max if bits >= 8 else quant_max + 0.5))
+        return (max(scale, _FLOAT32.tiny) if absmax else 1.0), 0
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = _single(_single(high / quant_max) - _single(low / quant_max))
+    scale = 1.0 if high == low else max(scale, _FLOAT32.tiny)
+    return scale, min(round(_single(-low / scale)), quant_max)
+
+
+def _single(value: float) -> float:
+    """Return ``value`` as float32 rounds it."""
+    single: float = _SINGLE.unpack(_SINGLE.pack(value))[0]
+    return single
 
 
 def scale_of_absmax(absmax: Tensor, bits: int) -> Tensor:

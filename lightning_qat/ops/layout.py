@@ -52,19 +52,26 @@ def resolve_layout(
         ValueError: naming what was given and what is allowed.
     """
     _check_parameters(x, scale, zero_point)
+    return layout_of_shapes(x.shape, scale.shape, axis, group_size)
+
+
+def layout_of_shapes(
+    shape: tuple[int, ...], scale_shape: tuple[int, ...], axis: int | None, group_size: int | None
+) -> tuple[int, int]:
+    """Return :func:`resolve_layout` of shapes; it raises as that does."""
     if axis is not None and group_size is not None:
         raise ValueError(f"axis={axis} and group_size={group_size} exclude each other; groups lie within rows")
     if axis is not None:
-        return _resolve_axis(x, scale, axis), NO_GROUP
+        return _resolve_axis(shape, scale_shape, axis), NO_GROUP
     if group_size is not None:
-        return NO_AXIS, _resolve_group(x, scale, group_size)
-    if scale.numel() == 1:
+        return NO_AXIS, _resolve_group(shape, scale_shape, group_size)
+    if prod(scale_shape) == 1:
         return NO_AXIS, NO_GROUP
-    if x.dim() >= 2 and scale.shape == (*x.shape[:-1], 1):
-        return NO_AXIS, x.shape[-1]
-    allowed = "one element" + (f" or, per token, shape {(*x.shape[:-1], 1)}" if x.dim() >= 2 else "")
+    if len(shape) >= 2 and scale_shape == (*shape[:-1], 1):
+        return NO_AXIS, shape[-1]
+    allowed = "one element" + (f" or, per token, shape {(*shape[:-1], 1)}" if len(shape) >= 2 else "")
     raise ValueError(
-        f"scale has shape {tuple(scale.shape)} for x of shape {tuple(x.shape)} without axis and group_size; "
+        f"scale has shape {tuple(scale_shape)} for x of shape {tuple(shape)} without axis and group_size; "
         f"it takes {allowed}"
     )
 
@@ -92,38 +99,37 @@ def _check_parameters(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> No
         )
 
 
-def _resolve_axis(x: Tensor, scale: Tensor, axis: int) -> int:
-    if not -x.dim() <= axis < x.dim():
+def _resolve_axis(shape: tuple[int, ...], scale_shape: tuple[int, ...], axis: int) -> int:
+    dims = len(shape)
+    if not -dims <= axis < dims:
+        raise ValueError(f"axis={axis} is out of range for x of shape {tuple(shape)}; use {-dims} to {dims - 1}")
+    axis %= dims
+    channels = shape[axis]
+    kept = tuple(channels if d == axis else 1 for d in range(dims))
+    fits = prod(scale_shape) == channels and (len(scale_shape) != dims or scale_shape == kept)
+    if not fits or (len(scale_shape) > 1 and channels not in scale_shape):
         raise ValueError(
-            f"axis={axis} is out of range for x of shape {tuple(x.shape)}; use {-x.dim()} to {x.dim() - 1}"
-        )
-    axis %= x.dim()
-    channels = x.shape[axis]
-    kept = tuple(channels if d == axis else 1 for d in range(x.dim()))
-    fits = scale.numel() == channels and (scale.dim() != x.dim() or scale.shape == kept)
-    if not fits or (scale.dim() > 1 and channels not in scale.shape):
-        raise ValueError(
-            f"scale has shape {tuple(scale.shape)} for axis={axis} of x of shape {tuple(x.shape)}; "
+            f"scale has shape {tuple(scale_shape)} for axis={axis} of x of shape {tuple(shape)}; "
             f"it takes ({channels},) or {kept}"
         )
     return axis
 
 
-def _resolve_group(x: Tensor, scale: Tensor, group_size: int) -> int:
-    row = prod(x.shape[1:]) if x.dim() > 1 else x.numel()
+def _resolve_group(shape: tuple[int, ...], scale_shape: tuple[int, ...], group_size: int) -> int:
+    row = prod(shape[1:]) if len(shape) > 1 else prod(shape)
     if group_size < 1:
         raise ValueError(f"group_size={group_size} is not allowed; use 1 to {row}")
     if row % group_size:
         raise ValueError(
             f"group_size must divide the row: {row} % {group_size} != 0; use group_size={_divisors(row, group_size)}"
         )
-    groups = x.numel() // group_size
-    shape: tuple[int, ...] = (x.shape[0], row // group_size) if x.dim() > 1 else (groups,)
-    transposed = x.dim() > 1 and scale.shape == shape[::-1] != shape
-    if scale.numel() != groups or transposed:
+    groups = prod(shape) // group_size
+    wanted: tuple[int, ...] = (shape[0], row // group_size) if len(shape) > 1 else (groups,)
+    transposed = len(shape) > 1 and scale_shape == wanted[::-1] != wanted
+    if prod(scale_shape) != groups or transposed:
         raise ValueError(
-            f"scale has shape {tuple(scale.shape)} for group_size={group_size} and x of shape {tuple(x.shape)}; "
-            f"it takes {groups} elements, such as {shape}"
+            f"scale has shape {tuple(scale_shape)} for group_size={group_size} and x of shape {tuple(shape)}; "
+            f"it takes {groups} elements, such as {wanted}"
         )
     return group_size
 

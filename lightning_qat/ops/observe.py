@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_qat.ops.fake_quantize import fake_quantize_op, reference_fake_quantize
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
-from lightning_qat.ops.straight_through import input_gradient
+from lightning_qat.ops.straight_through import apply_plainly, differentiable_once, input_gradient
 
 #: Where one pass takes less than two; a CPU's kernels go over memory several times anyway.
 ONE_PASS_DEVICES = frozenset({"cuda"})
@@ -74,7 +73,7 @@ class _Observed(torch.autograd.Function):
         return result, low, high
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         return input_gradient(grad, x, scale, zero_point, (*ctx.grid, -1, 0)), None, None, None
@@ -93,7 +92,9 @@ def observe_fake_quantize_through(
         quant_max: largest code.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        observed: tuple[Tensor, Tensor, Tensor] = _Observed.apply(x, scale, zero_point, (quant_min, quant_max))
+        observed: tuple[Tensor, Tensor, Tensor] = apply_plainly(
+            _Observed, x, scale, zero_point, (quant_min, quant_max)
+        )
         return observed
     kernel = _KERNELS.get(x.device.type, observe_fake_quantize_op)
     return kernel(x, scale, zero_point, quant_min, quant_max)

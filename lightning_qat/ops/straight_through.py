@@ -7,6 +7,9 @@ tracing) gets the op.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_qat.ops.chunks import CHUNK
-from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op
+from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op, quant_range
 from lightning_qat.ops.fake_quantize_cpu import fake_quantize_backward_cpu, fake_quantize_cpu, input_ends
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON, fake_quantize_backward_cuda, fake_quantize_cuda
-from lightning_qat.ops.layout import empty_result
+from lightning_qat.ops.layout import empty_result, layout_of_shapes, resolve_layout
 
 #: What the dispatcher would come to for a plain tensor of the device; others go through it.
 _KERNELS = {"cpu": (fake_quantize_cpu, fake_quantize_backward_cpu)}
@@ -26,6 +29,45 @@ if HAS_TRITON:
 _OPS = (fake_quantize_op, fake_quantize_backward_op)
 
 _ONLY_X = [True, False, False]
+
+
+def grid_for(
+    x: Tensor, scale: Tensor, bits: int, symmetric: bool, axis: int | None, group_size: int | None
+) -> tuple[int, int, int, int]:
+    """Return smallest and largest code, and ``axis`` and ``group`` as the ops take them, of a layer's own tensors.
+
+    Shapes are checked once; a scale elsewhere than ``x`` raises as :func:`resolve_layout` does.
+    """
+    if scale.device != x.device:
+        resolve_layout(x, scale, None, axis, group_size)
+    return _known_grid(x.shape, scale.shape, bits, symmetric, axis, group_size)
+
+
+@lru_cache(maxsize=4096)
+def _known_grid(
+    shape: torch.Size,
+    scale_shape: torch.Size,
+    bits: int,
+    symmetric: bool,
+    axis: int | None,
+    group_size: int | None,
+) -> tuple[int, int, int, int]:
+    return *quant_range(bits, symmetric), *layout_of_shapes(shape, scale_shape, axis, group_size)
+
+
+def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Return ``function.apply(*args)`` of ordinary tensors, without what it does first for those of functorch."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what ``once_differentiable`` does, at no cost where nobody differentiates twice."""
+    guarded = once_differentiable(backward)
+
+    def choose(ctx: Any, *grads: Any) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return choose
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -39,7 +81,7 @@ class _StraightThrough(torch.autograd.Function):
         return _KERNELS.get(x.device.type, _OPS)[0](x, scale, zero_point, *grid)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.covered:
             x, scale, zero_point = ctx.saved_tensors
@@ -73,7 +115,7 @@ def fake_quantize_through(
     """
     grid = (quant_min, quant_max, axis, group)
     if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _StraightThrough.apply(x, scale, zero_point, grid, covered)
+        result: Tensor = apply_plainly(_StraightThrough, x, scale, zero_point, grid, covered)
         return result
     return _KERNELS.get(x.device.type, _OPS)[0](x, scale, zero_point, *grid)
 
@@ -153,17 +195,21 @@ def _by_products(
     rows = scale.numel()
     if rows == 1 and axis < 0 and not group:
         grad_x, change, clipped = _of_one_scale(grad, x, scale, zero_point, grid, values, needs_x)
-    else:
-        grad_x = fake_quantize_backward_cpu(grad, x, scale, zero_point, *grid, _ONLY_X)[0]
-        values = fake_quantize_cpu(x, scale, zero_point, *grid) if values is None else values
-        change = _row_changes(*(t.view(rows, -1) for t in (grad, values, grad_x, x)))
-        clipped = change if zero_point is None else grad.view(rows, -1).sum(1) - grad_x.view(rows, -1).sum(1)
-    if not bool(change.isfinite().all()):
-        return None  # infinite values, which the sums of the kernel leave out
-    grad_scale = (change / scale.reshape(-1)).to(torch.float32).reshape(scale.shape)
+        if not math.isfinite(change):
+            return None  # infinite values, which the sums of the kernel leave out
+        step = scale.item()
+        shift = None if zero_point is None else torch.full(scale.shape, -step * clipped, dtype=torch.float32)
+        return grad_x, torch.full(scale.shape, change / step, dtype=torch.float32), shift
+    grad_x = fake_quantize_backward_cpu(grad, x, scale, zero_point, *grid, _ONLY_X)[0]
+    values = fake_quantize_cpu(x, scale, zero_point, *grid) if values is None else values
+    changes = _row_changes(*(t.view(rows, -1) for t in (grad, values, grad_x, x)))
+    if not math.isfinite(changes.sum().item()):
+        return None
+    grad_scale = changes.to(torch.float32).view(scale.shape) / scale
     if zero_point is None:
         return grad_x, grad_scale, None
-    return grad_x, grad_scale, -scale * clipped.to(torch.float32).reshape(scale.shape)
+    clips = grad.view(rows, -1).sum(1) - grad_x.view(rows, -1).sum(1)
+    return grad_x, grad_scale, -scale * clips.view(scale.shape)
 
 
 def _of_one_scale(
@@ -174,8 +220,8 @@ def _of_one_scale(
     grid: tuple[int, int, int, int],
     values: Tensor | None,
     needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``grad_x`` and, ``[1]`` and float64, ``sum(grad * v) - sum(grad_x * x)`` and ``sum(grad) - sum(grad_x)``.
+) -> tuple[Tensor, float, float]:
+    """Return ``grad_x``, ``sum(grad * v) - sum(grad_x * x)`` and ``sum(grad) - sum(grad_x)``, of no use if symmetric.
 
     In pieces that stay in a core's cache: memory is read once, and written once where there is a ``grad_x``, where
     whole tensors took ten reads and three writes, of which two were of products in fresh memory.
@@ -185,26 +231,25 @@ def _of_one_scale(
     made = None if values is None else values.view(-1)
     grad_x = empty_result(x, 0) if needs_x else x.new_empty(0)
     kept = grad_x.view(-1) if needs_x else x.new_empty(min(CHUNK, x.numel()))
-    sums: list[Tensor] = []
+    change = clipped = 0.0  # of sums in float32, in float64
     for start in range(0, x.numel(), CHUNK):
         g, part = (t[start : start + CHUNK] for t in flat)
         inside = kept[start : start + CHUNK] if needs_x else kept[: g.numel()]
         torch.ops.aten.hardtanh_backward.grad_input(g, part, low, high, grad_input=inside)
         v = fake_quantize_cpu(part, scale, zero_point, *grid) if made is None else made[start : start + CHUNK]
-        sums += [torch.dot(g, v), torch.dot(inside, part)]
+        change += torch.dot(g, v).item() - torch.dot(inside, part).item()
         if zero_point is not None:
-            sums += [g.sum(), inside.sum()]
-    columns = 2 if zero_point is None else 4
-    total = torch.stack(sums).view(-1, columns).sum(0, dtype=torch.float64)
-    change = total[0] - total[1]
-    return grad_x, change.view(1), (change if zero_point is None else total[2] - total[3]).view(1)
+            clipped += g.sum().item() - inside.sum().item()
+    return grad_x, change, clipped
 
 
 def _row_changes(grad: Tensor, values: Tensor, grad_x: Tensor, x: Tensor) -> Tensor:
-    """Return ``sum(grad * values) - sum(grad_x * x)`` of each row, ``[rows]``, float64."""
+    """Return ``sum(grad * values) - sum(grad_x * x)`` of each row, ``[rows]``; float64, of short rows float32."""
     rows, length = x.shape
-    sums = x.new_empty(rows, dtype=torch.float64)
     step = max(CHUNK // max(length, 1), 1)
+    if rows <= step and length <= 2 * _RUN:
+        return torch.mul(grad, values).addcmul_(grad_x, x, value=-1).sum(1)
+    sums = x.new_empty(rows, dtype=torch.float64)
     scratch = torch.empty_like(x[:step])  # stays in the cache
     for start in range(0, rows, step):
         part = slice(start, start + step)

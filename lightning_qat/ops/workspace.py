@@ -6,11 +6,10 @@ for each page: more than the arithmetic (:mod:`lightning_qat.ops.layout`). Each 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -51,14 +50,16 @@ class _Workspace(threading.local):
 _WORKSPACE = _Workspace()
 
 
-@contextlib.contextmanager
-def passing_results() -> Iterator[None]:
+class passing_results:  # noqa: N801 - used as a function; made by contextlib it takes three times as long
     """Let results made inside, on this thread, be of memory that is used again once nobody holds them."""
-    before, _WORKSPACE.taking = _WORKSPACE.taking, True
-    try:
-        yield
-    finally:
-        _WORKSPACE.taking = before
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before, _WORKSPACE.taking = _WORKSPACE.taking, True
+
+    def __exit__(self, *_: object) -> None:
+        _WORKSPACE.taking = self._before
 
 
 def release_workspace() -> None:

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_qat.ops.fake_quantize import EDGE, quant_range
-from lightning_qat.ops.straight_through import fake_quantize_kernel, input_gradient
+from lightning_qat.ops.straight_through import (
+    apply_plainly,
+    differentiable_once,
+    fake_quantize_kernel,
+    input_gradient,
+)
 from lightning_qat.quantizers.learned_scale import LearnedScale, exponent_gradient, slope_of
 from lightning_qat.schemes import Scheme, TensorFormat
 
@@ -67,7 +71,7 @@ class LearnedClipping(LearnedScale):
     ) -> Tensor:
         zero = None if self.offset is None else zero_point
         grid = (*quant_range(fmt.bits, fmt.symmetric), -1, 0)
-        values: Tensor = _Clipped.apply(x, self.exponent, scale, zero, grid, self.own_factor(fmt), made)
+        values: Tensor = apply_plainly(_Clipped, x, self.exponent, scale, zero, grid, self.own_factor(fmt), made)
         return values
 
     @torch.no_grad()
@@ -107,7 +111,7 @@ class _Clipped(torch.autograd.Function):
         return fake_quantize_kernel(x, scale, zero_point, *grid)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         values = ctx.made.pop() if ctx.made else fake_quantize_kernel(x, scale, zero_point, *ctx.grid)

@@ -278,7 +278,6 @@ class ActivationQuantizer(FakeQuantizer):
         if observer is not None and self.calibrated:
             self.refresh()
 
-    @torch.no_grad()
     def refresh(self) -> tuple[Tensor, Tensor]:
         """Set scale and zero point from the observed range; return them as fresh tensors."""
         observer: Any = self.observer  # only called where there is one
@@ -336,8 +335,11 @@ class ActivationQuantizer(FakeQuantizer):
 
     def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
         fmt, fresh = self._format, None
-        self._unseen = self._observes_now() and self._sees_while_quantizing(x)
-        if self._observes_now() and not self._unseen:
+        observes = self._observes_now()
+        unseen = observes and self._sees_while_quantizing(x)
+        if unseen is not self._unseen:
+            self._unseen = unseen
+        if observes and not unseen:
             seen, observer = self._within_samples(x), self.observer
             if self.deferred and seen.numel():
                 self.batch_range.collect(seen, observer)  # type: ignore[arg-type]

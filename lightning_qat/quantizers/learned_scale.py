@@ -19,6 +19,7 @@ zero point is a share of the grid in 0 .. 1, likewise: a step moves LSQ+'s ``bet
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,17 +27,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
+from lightning_qat.ops.affine_cpu import takes_pieces
 from lightning_qat.ops.fake_quantize import quant_range
-from lightning_qat.ops.layout import resolve_layout
-from lightning_qat.ops.straight_through import fake_quantize_kernel, learned_gradients
+from lightning_qat.ops.straight_through import (
+    apply_plainly,
+    differentiable_once,
+    fake_quantize_kernel,
+    grid_for,
+    learned_gradients,
+)
 from lightning_qat.quantizers.observers import Observer
 from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.schemes import Scheme, TensorFormat, rows_of, scale_shape
 
 #: Bits of a float32's mantissa as a factor, and the bit patterns of 1.0 and of all exponents.
 _MANTISSA, _ONE, _EXPONENT_BITS = float(2**23), 0x3F800000, 0x7F800000
+
+_SINGLE, _PATTERN = struct.Struct("f"), struct.Struct("i")
 
 #: Beyond these exponents a float32 scale is 0, denormal or infinite.
 _LEAST, _MOST = -126.0, 127.0
@@ -47,7 +55,12 @@ _COARSE, _FINE = 20, 16
 
 def scale_of(exponent: Tensor) -> Tensor:
     """Return the scales, float32, that ``exponent`` stands for; the same bits on every device."""
-    return ((exponent.detach() * _MANTISSA).to(torch.int32) + _ONE).view(torch.float32)
+    exponent = exponent.detach()
+    if exponent.numel() == 1 and takes_pieces(exponent):  # Python's numbers: single ones cost an operation its call
+        pattern = int(exponent.item() * _MANTISSA) + _ONE if _LEAST <= exponent.item() <= _MOST else 0
+        if pattern:
+            return torch.full(exponent.shape, _SINGLE.unpack(_PATTERN.pack(pattern))[0], dtype=torch.float32)
+    return ((exponent * _MANTISSA).to(torch.int32) + _ONE).view(torch.float32)
 
 
 def exponent_of(scale: Tensor) -> Tensor:
@@ -148,9 +161,8 @@ class LearnedScale(QuantizationState):
         Whoever makes the values again for a backward pass leaves them in ``made``, which saves this one making them.
         """
         zero = None if self.offset is None else zero_point
-        axis, group = resolve_layout(x, scale, zero, fmt.axis, fmt.group_size)
-        grid = (*quant_range(fmt.bits, fmt.symmetric), axis, group)
-        values: Tensor = _Applied.apply(x, self.exponent, self.offset, scale, zero, grid, factor, made)
+        grid = grid_for(x, scale, fmt.bits, fmt.symmetric, fmt.axis, fmt.group_size)
+        values: Tensor = apply_plainly(_Applied, x, self.exponent, self.offset, scale, zero, grid, factor, made)
         return values
 
     def wrong_values(self) -> Tensor:
@@ -352,7 +364,7 @@ class _Applied(torch.autograd.Function):
         return fake_quantize_kernel(x, scale, zero_point, *grid)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, offset = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0]

@@ -65,11 +65,11 @@ class Observer(QuantizationState):
     def _unset(self) -> Tensor:
         return self.min_val > self.max_val  # False for NaN, which thus stays and is found
 
-    @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Learn from ``x``, of any shape and any real dtype. An empty tensor is ignored."""
         if x.numel():
-            self._learn(x.detach(), *self.batch_extremes(x))
+            x = x.detach()
+            self._learn(x, *self.batch_extremes(x))
 
     def batch_extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the extremes of ``x``, not empty, without learning from it; ``ValueError`` as from ``update``."""
@@ -153,7 +153,6 @@ class Observer(QuantizationState):
         low, high = self._choose_range(symmetric, bits)
         return low.clone(), high.clone()
 
-    @torch.no_grad()
     def get_quantization_params(self, symmetric: bool, bits: int) -> tuple[Tensor, Tensor]:
         """Return ``(scale, zero_point)``, float32 and int32, ``[]`` or ``[num_channels]``.
 

@@ -97,8 +97,8 @@ class WeightQuantizer(FakeQuantizer):
         """Return the layer's input as its weight multiplies it, before it is quantized."""
         return arranged(x, self.input_order, self.input_factor)
 
-    @torch.no_grad()
     def _derive(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.detach()
         check_whole(weight, self.name)
         if self.learned is not None:
             return least_error_parameters(weight, self.scheme, self._format)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine, scale_of_absmax
-from lightning_qat.ops.fake_quantize import fake_quantize, quant_range
+from lightning_qat.ops.fake_quantize import fake_quantize
 from lightning_qat.ops.int4_dequantize import dequantize_int4, int4_run
-from lightning_qat.ops.layout import resolve_layout
 from lightning_qat.ops.stochastic import quantize_affine_stochastically
-from lightning_qat.ops.straight_through import fake_quantize_through, input_gradient
+from lightning_qat.ops.straight_through import fake_quantize_through, grid_for, input_gradient
 from lightning_qat.schemes.base import Scheme, _register
 from lightning_qat.schemes.format import TensorFormat
 
@@ -57,18 +56,14 @@ class IntegerScheme(Scheme):
     ) -> Tensor:
         if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
             return self.fake_quantize(x, scale, zero_point, fmt)
-        zero = None if fmt.symmetric else zero_point
-        axis, group = resolve_layout(x, scale, zero, fmt.axis, fmt.group_size)
-        grid = quant_range(fmt.bits, fmt.symmetric)
-        return fake_quantize_through(x, scale, zero, *grid, axis, group, covered=covered)
+        grid = grid_for(x, scale, fmt.bits, fmt.symmetric, fmt.axis, fmt.group_size)
+        return fake_quantize_through(x, scale, None if fmt.symmetric else zero_point, *grid, covered=covered)
 
     def fake_quantize_gradient(
         self, grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat
     ) -> Tensor:
-        zero = None if fmt.symmetric else zero_point
-        axis, group = resolve_layout(x, scale, zero, fmt.axis, fmt.group_size)
-        grid = quant_range(fmt.bits, fmt.symmetric)
-        return input_gradient(grad, x, scale, zero, (*grid, axis, group))
+        grid = grid_for(x, scale, fmt.bits, fmt.symmetric, fmt.axis, fmt.group_size)
+        return input_gradient(grad, x, scale, None if fmt.symmetric else zero_point, grid)
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
         return quantize_affine(
