@@ -91,7 +91,7 @@ class LanguageModel(L.LightningModule):
     def _evaluate(self, stage: str, batch: Tensor, perplexity: Any) -> None:
         logits = self(batch)
         targets = batch[:, 1:]
-        total, step = 0.0, max(_PIECE // max(logits[:, :1].numel(), 1), 1)
+        total, step = torch.zeros((), device=logits.device), max(_PIECE // max(logits[:, :1].numel(), 1), 1)
         for start in range(0, targets.shape[1], step):
             ids = targets[:, start : start + step]
             values = logits[:, start : start + ids.shape[1]].float()
