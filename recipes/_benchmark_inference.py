@@ -20,6 +20,9 @@ from ._timing import Results, Timing, compared
 _NETWORK_PRESETS = ("int8", "int8_dynamic")
 _LINEAR_PRESETS = (*_NETWORK_PRESETS, "int8_dynamic_per_tensor", "int8_weight_only", "w4a16")
 
+#: Layers that are run one after the other as a model's are, so that no cache holds their weights: 512 MB in float32.
+_LAYERS = 8
+
 #: Below this a converted model does not compute what was trained, and its speed means nothing.
 _LEAST_SQNR = 40.0
 
@@ -37,6 +40,7 @@ def inference_group(rounds: int, features: int = 4096, batches: tuple[int, ...] 
     results = Results(notes=notes)
     for batch in batches:
         results += _timed(f"inference Linear {features}, batch {batch}", linear, torch.randn(batch, features), rounds)
+    results += _stack(rounds, features, samples)
     model = convolutional_network()
     model(images)  # BatchNorm takes statistics of the data, as in a trained network
     network, notes = _forms(model, images, _NETWORK_PRESETS, NETWORK_PEERS)
@@ -44,6 +48,17 @@ def inference_group(rounds: int, features: int = 4096, batches: tuple[int, ...] 
     for batch in (1, 64):
         results += _timed(f"inference conv-bn-relu x6, batch {batch}", network, torch.randn(batch, 3, 32, 32), rounds)
     return results
+
+
+def _stack(rounds: int, features: int, samples: Tensor) -> Results:
+    """Time several large Linears in a row on one token, which is what decoding text does."""
+    layers = nn.Sequential(*(nn.Linear(features, features) for _ in range(_LAYERS)))
+    for layer in layers:  # outputs as large as inputs
+        nn.init.normal_(layer.weight, std=features**-0.5)  # type: ignore[arg-type]
+    forms, notes = _forms(layers, samples, _LINEAR_PRESETS, LINEAR_PEERS)
+    forms |= _in_bfloat16(layers, samples)
+    name = f"inference {_LAYERS} Linears {features} in a row, batch 1"
+    return Results(notes=notes) + _timed(name, forms, torch.randn(1, features), rounds)
 
 
 def _forms(

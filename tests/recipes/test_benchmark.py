@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -249,14 +250,17 @@ def test_inference_has_float_ours_and_the_installed_peers():
     groups: dict[str, list[Timing]] = {}
     for timing in results.timings:
         groups.setdefault(timing.group, []).append(timing)
-    linear, small, large = ([timing.name for timing in timings] for timings in groups.values())
+    linear, row, small, large = ([timing.name for timing in timings] for timings in groups.values())
     narrow = ["float bfloat16", "lightning_qat w4a16, bfloat16"]
-    assert linear == expected_names(_benchmark_inference._LINEAR_PRESETS, LINEAR_PEERS) + narrow
+    assert linear == row == expected_names(_benchmark_inference._LINEAR_PRESETS, LINEAR_PEERS) + narrow
     assert {"lightning_qat int8_weight_only", "lightning_qat w4a16", "torch.ao dynamic, per tensor"} <= set(linear)
     assert small == large == expected_names(_benchmark_inference._NETWORK_PRESETS, NETWORK_PEERS)
     assert results.notes == []
     assert all((timing.sqnr_db is None) == (timing.name == "float") for timing in results.timings)
-    assert all(timing.sqnr_db > 15 for timing in results.timings if timing.sqnr_db is not None)
+    in_a_row = 10 * math.log10(_benchmark_inference._LAYERS)  # noise of independent layers adds up
+    for timing in results.timings:
+        least = 15 - in_a_row * ("in a row" in timing.group)
+        assert timing.sqnr_db is None or timing.sqnr_db > least
 
 
 def test_a_peer_that_fails_is_a_note_and_one_that_is_not_installed_is_left_out():
