@@ -220,10 +220,12 @@ def _search(
     seen = statistics[fold.layers[0]]
     tied = None if fold.tied is None else fold.tied.to(seen.gram.device)
     if isinstance(options, SmoothingOptions):
-        bits = [q.bits for name in fold.layers if (q := layers[name].input_quantizer) is not None]
-        if not bits:
+        inputs = [q.format for name in fold.layers if (q := layers[name].input_quantizer) is not None]
+        if not inputs:
             return GroupScaling(Fold(fold.layers, reason="inputs that stay in float need no smoothing"))
-        smooth = search_smoothing(weights, seen, formats, replace(options, activation_bits=min(bits)), tied)
+        token = all(fmt.dynamic and fmt.dynamic_range == "token" for fmt in inputs)
+        facts = {"activation_bits": min(fmt.bits for fmt in inputs), "activation_range": "token" if token else "tensor"}
+        smooth = search_smoothing(weights, seen, formats, replace(options, **facts), tied)
         scales = None if smooth.alpha is None else smooth.scales
         return GroupScaling(fold, scales, smooth.loss, smooth.plain_loss, smooth.alpha)
     found = search_scales(weights, seen.gram, seen.mean_magnitude, formats, options, tied)

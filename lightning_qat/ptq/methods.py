@@ -39,10 +39,10 @@ class PTQOptions:
         order: ``"sublayers"``: within a block, layers that share an input are quantized before the inputs of those that
             follow are looked at (the "true sequential" order); ``"blocks"``: each block sees what the quantized blocks
             before it return; ``"one_pass"``: all inputs are those of the float model.
-        gptq: of ``"gptq"`` and ``"awq+gptq"``.
+        gptq: of ``"gptq"``, ``"awq+gptq"`` and ``"smoothquant+gptq"``.
         awq: of ``"awq"`` and ``"awq+gptq"``.
         clipping: of ``"clip"`` and ``"awq"``.
-        smoothing: of ``"smoothquant"``.
+        smoothing: of ``"smoothquant"`` and ``"smoothquant+gptq"``.
         across_ranks: every rank of ``torch.distributed`` calls this with batches of its own; all get the same model.
     """
 
@@ -129,6 +129,7 @@ METHODS: dict[str, Method] = {
     "awq": Method(_nearest_or_clipped, None, lambda options: options.awq),
     "awq+gptq": Method(_gptq, check_target, lambda options: replace(options.awq, codes="gptq"), True),
     "smoothquant": Method(_nearest, None, lambda options: options.smoothing),
+    "smoothquant+gptq": Method(_gptq, check_target, lambda options: replace(options.smoothing, codes="gptq"), True),
 }
 
 
