@@ -144,7 +144,9 @@ def w8a8_matmul_cpu(
 
 @lru_cache(maxsize=1)
 def sums_are_exact() -> bool:
-    """Return whether this machine multiplies int8 exactly; found once, by the products that saturate first."""
+    """Return whether this CPU multiplies int8 fast and exactly; found once, by the products that saturate first."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # elsewhere it is a scalar loop
+        return False
     a = torch.full((3, 70), -128, dtype=torch.int8)
     b = torch.full((5, 70), -128, dtype=torch.int8)
     a[1], b[1], b[2, ::2] = 127, 127, 3

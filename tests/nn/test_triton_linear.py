@@ -14,9 +14,7 @@ import lightning_qat as lq
 from lightning_qat.nn import triton_linear
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is installed on Linux only")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and HAS_TRITON else "cpu"
 
 #: Config -> the ops of the graph.
 CASES: dict[str, tuple[Any, set[str]]] = {
@@ -37,10 +35,15 @@ CASES: dict[str, tuple[Any, set[str]]] = {
 
 
 @pytest.fixture(autouse=True)
-def _traced_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the graph has the ops on the CPU, whose kernels are their definitions or as exact."""
-    monkeypatch.setattr(triton_linear, "_TRACED_ON", (DEVICE,))
+def _nothing_compiled() -> None:
     torch.compiler.reset()  # which counts how often one forward was compiled
+
+
+@pytest.fixture
+def all_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU a graph gets all ops on the CPU, whose kernels are their definitions or as exact."""
+    monkeypatch.setattr(triton_linear, "_INT8_ON_CPU", True)
+    monkeypatch.setattr(triton_linear, "_OPS_ON_CPU", ("w4a16", "int8", "int8 per token"))
 
 
 class Seen:
@@ -68,9 +71,10 @@ def exact(layer: Any, x: Tensor) -> Tensor:
     return nn.functional.linear(layer.quantized_input(x).double(), layer.weight.double(), layer.bias.double())
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_graph_holds_the_ops_and_computes_the_same(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in CASES), ("nf4", torch.bfloat16), ("int8", torch.bfloat16)]
+)
+def test_the_graph_holds_the_ops_and_computes_the_same(all_ops: None, name: str, dtype: torch.dtype) -> None:
     config, ops = CASES[name]
     layer, seen = converted(config, dtype), Seen()
     x = randn(2, 9, 64, seed=1).to(dtype).to(DEVICE)
@@ -83,7 +87,7 @@ def test_the_graph_holds_the_ops_and_computes_the_same(name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("name", ["w4a16", "nf4", "int8_dynamic", "int8"])
-def test_any_batch_in_one_graph(name: str) -> None:
+def test_any_batch_in_one_graph(all_ops: None, name: str) -> None:
     layer, seen = converted(CASES[name][0]), Seen()
     compiled = torch.compile(layer, backend=seen, fullgraph=True, dynamic=True)
     with torch.no_grad():
@@ -94,8 +98,8 @@ def test_any_batch_in_one_graph(name: str) -> None:
     assert seen.graphs <= 2
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8", "int8_dynamic"])
-def test_the_compiler_that_users_have(name: str) -> None:
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_the_compiler_that_users_have(all_ops: None, name: str) -> None:
     layer = converted(CASES[name][0])
     x = randn(4, 64, seed=1).to(DEVICE)
     with torch.no_grad():
@@ -103,7 +107,7 @@ def test_the_compiler_that_users_have(name: str) -> None:
         torch.testing.assert_close(compiled.double(), exact(layer, x), rtol=1e-5, atol=1e-5)
 
 
-def test_codes_that_change_are_computed_with() -> None:
+def test_codes_that_change_are_computed_with(all_ops: None) -> None:
     layer, other = converted(CASES["int8"][0]), converted(CASES["int8"][0])
     x, compiled = randn(4, 64, seed=1).to(DEVICE), torch.compile(layer, backend=Seen(), fullgraph=True)
     with torch.no_grad():
@@ -114,7 +118,7 @@ def test_codes_that_change_are_computed_with() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["gradient", "other dtype", "other scheme"])
-def test_what_has_no_op_takes_the_float_form(wanted: str) -> None:
+def test_what_has_no_op_takes_the_float_form(all_ops: None, wanted: str) -> None:
     layer = converted("int8_weight_only" if wanted == "other scheme" else CASES["nf4"][0])
     x = randn(4, 64, seed=1).to(DEVICE).requires_grad_(wanted == "gradient")
     seen = Seen()
@@ -127,10 +131,31 @@ def test_what_has_no_op_takes_the_float_form(wanted: str) -> None:
 
 @pytest.mark.parametrize("name", ["nf4", "int8", "int8_dynamic"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_an_exported_program_has_the_float_form(name: str, strict: bool) -> None:
+def test_an_exported_program_has_the_float_form(all_ops: None, name: str, strict: bool) -> None:
     layer, x = converted(CASES[name][0]), randn(4, 64).to(DEVICE)
     with torch.no_grad():  # not a layer alone: without strict, PyTorch miscounts buffers of the root that are None
         program = torch.export.export(nn.Sequential(layer), (x,), strict=strict)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert not [name for name in names if "matmul" in name or "quantize_packed" in name or "token_quantize" in name]
     assert [name for name in names if "linear" in name]
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_dynamic", "w4a16", "nf4"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_graph_for_the_cpu_has_integer_products_where_they_are_fast(
+    monkeypatch: pytest.MonkeyPatch, name: str, fast: bool
+) -> None:
+    monkeypatch.setattr(triton_linear, "_INT8_ON_CPU", fast)
+    layer, x, seen = converted(CASES[name][0]).cpu(), randn(4, 64, seed=1), Seen()
+    with torch.no_grad():
+        actual = torch.compile(layer, backend=seen, fullgraph=True)(x)
+    assert ("w8a8_matmul" in seen.ops) == (fast and name.startswith("int8"))
+    assert "w4a16_matmul" not in seen.ops
+    torch.testing.assert_close(actual.double(), exact(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_takes_the_float_form(all_ops: None) -> None:
+    layer, x, seen = converted("int8"), randn(4, 64, seed=1).to(DEVICE), Seen()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.compile(layer, backend=seen, fullgraph=True)(x).dtype == torch.bfloat16
+    assert "w8a8_matmul" not in seen.ops
