@@ -87,12 +87,27 @@ def contents_of(model: nn.Module) -> Contents:
                     f"layer {name!r} is a {type(module).__name__}, and this format holds plain Linears only; use "
                     f"format='onnx', or leave it in float with LayerRule({name!r})"
                 )
+            _check_input_as_it_comes(name, module)
             layers[name] = module
     if not layers:
         raise ValueError(f"{type(whole).__name__} holds no quantized layer; export convert(model) of a prepared model")
     everything = inner.named_modules(remove_duplicate=False)
     kept = tuple(n for n, m in everything if isinstance(m, nn.Linear) and not isinstance(m, QuantizedLayer))
     return Contents(inner, layers, kept, _head_of(inner))
+
+
+def _check_input_as_it_comes(name: str, layer: QuantizedLinear) -> None:
+    if layer.input_factor is not None:
+        raise ValueError(
+            f"layer {name!r} multiplies its input by an input_factor, the inverse of a scale of AWQ or SmoothQuant that"
+            " nothing before it could take in, and only format='onnx' and save_quantized hold that; quantize with "
+            "PTQOptions(awq=AWQOptions(keep_scales=False), smoothing=SmoothingOptions(keep_scales=False))"
+        )
+    if layer.input_order is not None:
+        raise ValueError(
+            f"layer {name!r} takes its input features in an input_order of its own, and only format='onnx' and "
+            "save_quantized hold that; quantize with GPTQOptions(static_groups=True)"
+        )
 
 
 def check_weight_only(name: str, layer: QuantizedLayer, kind: str) -> None:

@@ -48,7 +48,7 @@ class Traced(QuantizedLayer):
         inputs, shape = (self.onnx_bias, self.onnx_bias_scale), self.onnx_bias.shape
         return symbolic("DequantizeLinear", inputs, {"axis": 0}, dtype=torch.float32, shape=shape)
 
-    def quantized_input(self, x: Tensor) -> Tensor:
+    def on_grid(self, x: Tensor) -> Tensor:
         """Return the input on its grid."""
         fmt = self.input_format
         if fmt is None:
@@ -82,7 +82,7 @@ class TracedLinear(Traced):
     def forward(self, input: Tensor) -> Tensor:
         fmt = self.input_format
         if fmt is not None and fmt.dynamic and fmt.symmetric and self.weight_format.group_size is None:
-            codes, scale, _ = dynamic_codes(input, fmt, None)
+            codes, scale, _ = dynamic_codes(self.arranged_input(input), fmt, None)
             # One scale after the other: onnxruntime 1.32 takes the product of both for one scale for all tokens.
             codes = (codes + 2 ** (fmt.bits - 1)).to(torch.uint8)
             product = self.integer_product(codes, self.onnx_input_zero_point) * scale * self.onnx_scale

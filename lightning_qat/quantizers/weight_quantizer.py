@@ -76,9 +76,7 @@ class WeightQuantizer(FakeQuantizer):
         self.feeds_one_layer = state.get("feeds_one_layer", False)  # checkpoints before it existed
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A weight comes with what is done to its input, a float one with nothing.
-        weight = f"{prefix.removesuffix('weight_quantizer.')}weight"
-        if weight in state_dict or any(key.startswith(prefix) for key in state_dict):
+        if any(key.startswith(prefix) for key in state_dict):
             for name in ARRANGEMENT:
                 tensor = state_dict.get(prefix + name)
                 self._buffers[name] = None if tensor is None else torch.empty_like(tensor, device=self.scale.device)
