@@ -260,7 +260,9 @@ class Engine:
         for index, part in enumerate([[each] for each in shared] if stage.parts else [shared]):
             # What the first layers of a scaled block get is known; what follows them gets outputs of quantized ones.
             first = known if index == 0 else None
-            self._choose(part, gather(part, stop=True) if first is None else first, scales)
+            statistics = gather(part, stop=True) if first is None else first
+            return_freed_memory()  # of summing them up, before it is taken again to choose codes
+            self._choose(part, statistics, scales)
         self._scaling_notes = {}
 
     def _scale(
