@@ -57,6 +57,31 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x))
 
 
+class Bert(nn.Module):
+    """Blocks with the norm behind the sum, whose output a residual reads too, and GELU: no scale can be folded."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.norm = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH), nn.LayerNorm(WIDTH)
+            self.norm.weight.data = 4.0 ** torch.randn(WIDTH)
+
+        def forward(self, x):
+            return self.norm(x + self.down(F.gelu(self.up(x))))
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.embed, self.first = nn.Embedding(WORDS, WIDTH), nn.LayerNorm(WIDTH)
+        self.first.weight.data = 4.0 ** torch.randn(WIDTH)
+        self.layers = nn.ModuleList(self.Block() for _ in range(blocks))
+
+    def forward(self, ids):
+        x = self.first(self.embed(ids))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def tokens(batches=4, size=2, length=9):
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(WORDS, (size, length), generator=generator) for _ in range(batches)]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qat.nn import QATLayer, QATLinear
 from lightning_qat.nn.attention import Projection
 from lightning_qat.ptq.adopt import arranges_input
-from lightning_qat.ptq.awq import AWQOptions, rows_are_independent, search_scales
+from lightning_qat.ptq.awq import AWQOptions, rows_are_independent, scaled_loss, search_scales
 from lightning_qat.ptq.channels import multiply_columns
+from lightning_qat.ptq.expected_error import conditional_variances
 from lightning_qat.ptq.folding import Fold, apply_fold, declined_scale, find_folds, still_holding
 from lightning_qat.ptq.smoothing import SmoothingOptions, search_smoothing
 from lightning_qat.ptq.statistics import InputStatistics
@@ -188,12 +191,29 @@ def _kept(
     found = _search(fold, layers, statistics, options)
     if found.scales is None or found.loss is None or found.plain_loss is None:
         return found
-    if found.loss > _LEAST_GAIN * found.plain_loss:
+    if isinstance(options, AWQOptions) and options.codes == "gptq":  # the losses are of codes rounded to nearest
+        found = _left_to_gptq(found, layers, statistics, options)
+    if found.loss > _LEAST_GAIN * found.plain_loss:  # type: ignore[operator]
         return GroupScaling(replace(fold, reason=f"{fold.reason}; kept at the input it gains too little"))
     layer = layers[fold.layers[0]]
     multiply_columns(layer, found.scales)
     layer.weight_quantizer.arrange_input(None, found.scales.reciprocal())
     return found
+
+
+def _left_to_gptq(
+    found: GroupScaling,
+    layers: Mapping[str, QATLayer],
+    statistics: Mapping[str, InputStatistics],
+    options: AWQOptions,
+) -> GroupScaling:
+    """Return the same with losses as they are expected where later columns make up for an error."""
+    scales: Any = found.scales
+    name = found.fold.layers[0]
+    weight, fmt = layers[name].weight.detach(), layers[name].weight_quantizer.format
+    cost = conditional_variances(statistics[name].gram, options.damping)
+    loss, plain = (scaled_loss(weight, scale, cost, fmt) for scale in (scales, torch.ones_like(scales)))
+    return replace(found, loss=loss, plain_loss=plain)
 
 
 def _has_given_grid(layer: QATLayer) -> bool:
@@ -224,7 +244,7 @@ def _search(
         if not inputs:
             return GroupScaling(Fold(fold.layers, reason="inputs that stay in float need no smoothing"))
         token = all(fmt.dynamic and fmt.dynamic_range == "token" for fmt in inputs)
-        facts = {"activation_bits": min(fmt.bits for fmt in inputs), "activation_range": "token" if token else "tensor"}
+        facts: dict[str, Any] = {"activation_bits": min(fmt.bits for fmt in inputs), "activation_range": "token" if token else "tensor"}
         smooth = search_smoothing(weights, seen, formats, replace(options, **facts), tied)
         scales = None if smooth.alpha is None else smooth.scales
         return GroupScaling(fold, scales, smooth.loss, smooth.plain_loss, smooth.alpha)

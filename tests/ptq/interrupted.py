@@ -1,4 +1,4 @@
-"""Quantizes a small model with a journal, and dies after LAYERS: ``interrupted.py OUT JOURNAL LAYERS METHOD``."""
+"""Quantizes a small model with a journal, and dies after LAYERS: ``interrupted.py OUT JOURNAL LAYERS METHOD MODEL``."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ptq_models import Llama, built, tokens
+from ptq_models import Bert, Llama, built, tokens
 
 import lightning_qat as lq
 
@@ -25,12 +25,11 @@ class Deadly(lq.PTQObserver):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(out, journal, layers, method):
+def main(out, journal, layers, method, model="Llama"):
     torch.set_num_threads(1)
     plan = lq.QuantizationPlan([lq.LayerRule("layers.*", lq.QuantizationConfig("int4", group_size=8))])
-    made = lq.quantize_model(
-        built(Llama), plan, tokens(), method, journal=journal or None, observer=Deadly(int(layers))
-    )
+    kind = {"Bert": Bert, "Llama": Llama}[model]
+    made = lq.quantize_model(built(kind), plan, tokens(), method, journal=journal or None, observer=Deadly(int(layers)))
     lq.save_quantized(made, out)
     torch.save(lq.ptq_report(made).rows(), f"{out}/report.pt")
 

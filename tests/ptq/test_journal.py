@@ -53,6 +53,15 @@ def test_killed_and_run_again_is_the_same_to_the_byte(tmp_path: Path) -> None:
     assert [[row[key] for key in same] for row in whole] == [[row[key] for key in same] for row in broken]
 
 
+def test_scales_that_are_kept_at_inputs_survive_a_kill(tmp_path: Path) -> None:
+    interrupted.main(tmp_path / "whole", "", 0, "awq+gptq", "Bert")
+    assert run(tmp_path / "broken", tmp_path / "journal", 3, "awq+gptq", "Bert") == -signal.SIGKILL
+    assert len(list((tmp_path / "journal").glob("*.safetensors"))) == 1
+    assert run(tmp_path / "broken", tmp_path / "journal", 0, "awq+gptq", "Bert") == 0
+    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
+    assert b'"input_factor"' in digest(tmp_path / "whole")[1]
+
+
 def quantized(journal: Path, model=None, **changes):
     arguments = {"config": PLAN, "calibration": tokens(), "method": "gptq", **changes}
     return lq.quantize_model(model or built(Llama), journal=journal, **arguments)
