@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -147,3 +149,21 @@ def test_post_training_quantization_there(method: str) -> None:
         for m, b in ((model, batches), (copy.deepcopy(model).cpu(), [t.cpu() for t in batches]))
     )
     assert lq.sqnr(expected, found.cpu()) > 25  # sums of another order tip a few codes over
+
+
+def test_weights_are_streamed_there(tmp_path: Path) -> None:
+    def blocks() -> nn.Sequential:
+        parts = (nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in range(3))
+        return nn.Sequential(*parts)
+
+    torch.manual_seed(0)
+    model = blocks()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    with lq.without_weights():
+        empty = blocks()
+    batches, config = [torch.randn(32, 64, device="cuda")], lq.QuantizationConfig("gptq", group_size=32)
+    files = lq.WeightFiles(tmp_path, device="cuda")
+    found = lq.quantize_model(empty, config, batches, "gptq", weights=files)
+    expected = lq.quantize_model(model.cuda(), config, batches, "gptq")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name

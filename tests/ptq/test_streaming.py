@@ -122,6 +122,32 @@ def test_experts_that_a_later_batch_reaches(tmp_path: Path) -> None:
     assert_same(lq.quantize_model(empty(Mixture), config, batches, "awq+gptq", weights=tmp_path), expected)
 
 
+class WithMore(Llama):
+    """With a layer that no batch reaches, and a block of another kind that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.twice = nn.Linear(16, 3), nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        embed = self.embed
+        self.__dict__["embed"] = lambda ids: self.twice(self.twice(embed(ids)))
+        try:
+            return super().forward(ids)
+        finally:
+            del self.__dict__["embed"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_layers_outside_of_blocks(method: str, tmp_path: Path) -> None:
+    save_model(built(WithMore), str(tmp_path / "model.safetensors"))
+    plan = lq.QuantizationPlan(base=W4, rules=[lq.LayerRule("embed", "int8_weight_only")])
+    expected = lq.quantize_model(built(WithMore), plan, tokens(), method)
+    found = lq.quantize_model(empty(WithMore), plan, tokens(), method, weights=tmp_path)
+    assert_same(found, expected)
+    assert {"unused", "twice.0", "embed", "lm_head"} <= {layer.name for layer in lq.ptq_report(found).layers}
+
+
 def test_a_run_goes_on_where_one_with_all_weights_was(tmp_path: Path) -> None:
     save_model(built(Llama), str(tmp_path / "model.safetensors"))
     expected = lq.quantize_model(built(Llama), W4, tokens(), "gptq", journal=tmp_path / "journal")

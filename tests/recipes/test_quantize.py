@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from rich.console import Console
+from safetensors.torch import save_model
 
 import lightning_qat as lq
 from lightning_qat.config import resolve_plan
@@ -140,11 +141,16 @@ def test_a_folder_is_streamed(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
         "quantization.base.group_size=8", "options.order=blocks", "logger=none",
     ]  # fmt: skip
     whole, streamed = run(*arguments), run(*arguments, "stream=true")
-    assert (streamed / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    assert (streamed / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
     found = rows(streamed)
     assert found["quantized"]["test/perplexity"] == rows(whole)["quantized"]["test/perplexity"]
     assert found["float (not tested)"]["bytes"] == rows(whole)["float"]["bytes"]
     assert "test/perplexity" not in found["float (not tested)"]
+    again = rows(run("evaluate", f"model_path={streamed}"))  # which loads the float model
+    assert again["quantized"]["test/perplexity"] == pytest.approx(found["quantized"]["test/perplexity"], rel=1e-6)
+    assert again["float"]["test/perplexity"] == pytest.approx(rows(whole)["float"]["test/perplexity"], rel=1e-6)
     (tmp_path / "llama" / "model.safetensors.index.json").unlink()
     for mistake, message in (
         (["model=huggingface"], "holds neither model.safetensors nor"),
@@ -152,6 +158,16 @@ def test_a_folder_is_streamed(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert main([*arguments, "stream=true", *mistake]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_any_network_is_streamed(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["quantize", *DIGITS, "quantization=int8_dynamic"]
+    save_model(ImageClassifier(SmallResNet(widths=(4, 8))), str(tmp_path / "float.safetensors"))
+    checkpoint = f"float_checkpoint={tmp_path / 'float.safetensors'}"
+    loaded, streamed = run(*arguments, checkpoint), run(*arguments, checkpoint, "stream=true")
+    assert (streamed / "model/model.safetensors").read_bytes() == (loaded / "model/model.safetensors").read_bytes()
+    assert main([*arguments, "stream=true"]) == 2
+    assert "say where: float_checkpoint=FILE" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
