@@ -19,7 +19,7 @@ from lightning_qat.nn.single import init_from
 from lightning_qat.nn.triton_linear import linear_by_ops, takes_ops, takes_triton, triton_execution, triton_kernel
 from lightning_qat.ops.bag_linear import BAG_TOKENS, bag_linear, bags_are_exact, bags_fit, pack_bags
 from lightning_qat.ops.digit_linear import DigitWeight, digit_linear, digits_are_exact, digits_pay, pack_digits
-from lightning_qat.ops.int4_linear import int4_fits, int4_is_exact, int4_linear, pack_int4
+from lightning_qat.ops.int4_linear import INT4_TOKENS, int4_fits, int4_is_exact, int4_linear, pack_int4
 from lightning_qat.ops.integer_conv import CodeGrid
 from lightning_qat.ops.integer_linear import (
     integer_linear,
@@ -121,9 +121,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return None
         # Whatever says so in ``execution`` is known when the kernel is built; the input's own reasons are not.
         kernel = self.kernel_cache.get(self, (), self._build_kernel)
-        if kernel is None or self.input_format is not None or self._takes_packed_int4() or self._takes_digits(x):
+        if kernel is None or self.input_format is not None:
             return kernel
-        return None
+        if self._takes_packed_int4():
+            return kernel if x.numel() <= INT4_TOKENS * x.shape[-1] else None
+        return kernel if self._takes_digits(x) else None
 
     def _takes_digits(self, x: Tensor) -> bool:
         """Return whether a float input goes to integers: where that is faster, and no NaN or infinity is in it."""

@@ -58,9 +58,9 @@ _FEWEST_WEIGHTS = 1024 * 1024
 _WIDE_GROUP = 256
 
 #: Tokens for each weight of a group up to which digits are faster. 4096 x 4096 in 4 bits, milliseconds of one core: a
-#: token costs 3.7, 2.1 and 1.1 in groups of 32, 64 and 128; dequantizing 75, and 0.6 a token. Groups of 256 and more,
+#: token costs 3.7, 2.1 and 1.1 in groups of 32, 64 and 128; dequantizing 25, and 0.6 a token. Groups of 256 and more,
 #: one to a product, cost 0.4 a token, weights without groups 0.2.
-_TOKENS_PER_COLUMN = 0.5
+_TOKENS_PER_COLUMN = 0.25
 
 #: Added to a number of 31 bits, it makes each byte a digit plus 128 (0x80808080 as int32).
 _OFFSETS = 0x80808080 - 2**32

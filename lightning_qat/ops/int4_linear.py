@@ -17,6 +17,11 @@ from torch import Tensor
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_ROWS = 16
 
+#: Tokens up to which this is faster than dequantizing the weight for one product of the library. 2048 x 2048 in groups
+#: of 128 on one core with AMX, beside busy processes: 8 tokens took 2.2 ms and 17, 16 took 13 and 17, 64 took 46 and
+#: 19, 256 took 237 and 18.
+INT4_TOKENS = 16
+
 #: The kernel's codes are 0 to 15 and stand for code - 8.
 _MIDDLE = 8
 

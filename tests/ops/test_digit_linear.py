@@ -146,8 +146,8 @@ def test_where_it_pays():
     assert digits_pay(1, (4096, 4096), 128)
     assert digits_pay(256, (4096, 4096), None)
     assert digits_pay(256, (4096, 4096), 256)
-    assert digits_pay(64, (4096, 4096), 128)
-    assert not digits_pay(65, (4096, 4096), 128)
+    assert digits_pay(32, (4096, 4096), 128)
+    assert not digits_pay(33, (4096, 4096), 128)
     assert not digits_pay(1, (64, 64), None)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_qat as lq
+from lightning_qat.nn import linear
 from lightning_qat.ops.int4_linear import INT4_GROUPS, int4_is_exact, int4_linear, pack_int4
 
 pytestmark = pytest.mark.skipif(not int4_is_exact(), reason="no packed int4 kernel here")
@@ -86,6 +87,18 @@ def test_a_bfloat16_layer_uses_it(plan, shape):
     assert result.dtype == torch.bfloat16
     assert result.shape == expected.shape
     torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=2**-8)
+
+
+def test_many_tokens_are_multiplied_by_the_dequantized_weight(monkeypatch):
+    layer, rows = converted(PLANS["symmetric"]), []
+    multiply = linear.int4_linear
+    monkeypatch.setattr(linear, "int4_linear", lambda x, *rest: rows.append(len(x)) or multiply(x, *rest))
+    x = randn(17, 256).bfloat16()
+    with torch.no_grad():
+        many, few = layer(x), layer(x[:16])
+    assert rows == [16]
+    assert torch.equal(many, F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(many[:16], few, rtol=2**-6, atol=2**-6)
 
 
 def test_not_a_number_and_infinity_stay_in_their_token():
