@@ -10,6 +10,8 @@ from lightning_qat.ptq.bit_allocation import (
     write_plan,
 )
 from lightning_qat.ptq.clipping import ClippingOptions
+from lightning_qat.ptq.equalization import GroupEqualization, equalize
+from lightning_qat.ptq.equalizing_scales import EqualizationOptions
 from lightning_qat.ptq.gptq import GPTQOptions
 from lightning_qat.ptq.gptq_quantizer import GPTQQuantizer
 from lightning_qat.ptq.gram_sensitivity import gram_sensitivity
@@ -24,8 +26,10 @@ __all__ = [
     "AWQOptions",
     "AWQQuantizer",
     "ClippingOptions",
+    "EqualizationOptions",
     "GPTQOptions",
     "GPTQQuantizer",
+    "GroupEqualization",
     "LayerOutcome",
     "LayerSensitivity",
     "LayerTask",
@@ -35,6 +39,7 @@ __all__ = [
     "SmoothingOptions",
     "WeightFiles",
     "allocate_bits",
+    "equalize",
     "gram_sensitivity",
     "measure_sensitivity",
     "mixed_plan",

@@ -16,6 +16,7 @@ from lightning_qat.ptq.channels import computes_weight
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.clipping import ClippingOptions, choose_clipped
 from lightning_qat.ptq.column_grid import check_target
+from lightning_qat.ptq.equalizing_scales import EqualizationOptions
 from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq
 from lightning_qat.ptq.many_small import choose_many_small
 from lightning_qat.ptq.nearest import choose_nearest
@@ -51,11 +52,14 @@ class PTQOptions:
     awq: AWQOptions = field(default_factory=AWQOptions)
     clipping: ClippingOptions = field(default_factory=ClippingOptions)
     smoothing: SmoothingOptions = field(default_factory=SmoothingOptions)
+    equalization: EqualizationOptions | None = None
     across_ranks: bool = False
 
     def __post_init__(self) -> None:
         check_choice("order", self.order, ORDERS)
         check_bool("across_ranks", self.across_ranks)
+        if not isinstance(self.equalization, (EqualizationOptions, type(None))):
+            raise ValueError(f"equalization={self.equalization!r} is not allowed; use EqualizationOptions() or None")
 
 
 @dataclass(frozen=True, eq=False)

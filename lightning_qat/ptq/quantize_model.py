@@ -14,6 +14,7 @@ from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.ptq.adopt import own_parameters
 from lightning_qat.ptq.engine import Engine
+from lightning_qat.ptq.equalization import equalize
 from lightning_qat.ptq.journal import Journal, fingerprint
 from lightning_qat.ptq.methods import METHODS, PTQOptions, method_of
 from lightning_qat.ptq.outcome import PTQObserver, PTQReport, attach_ptq_report
@@ -61,7 +62,7 @@ def quantize_model(
         method: what chooses the codes, a name of ``METHODS``; None follows from the config: ``"gptq"`` and ``"awq"``
             for the schemes of these names, else ``"rtn"``, every weight to the nearest code.
         forward: called as ``forward(model, batch)`` to run a batch otherwise.
-        options: of the methods that look at batches.
+        options: of the methods that look at batches, and of evening out the channels of convolutions before.
         verify: compare the result with the fake-quantized model on the calibration batches, which then have to be a
             collection; saving writes the certificate. Layers then stay in float until all are done.
         convert: False returns a prepared model, whose weights and frozen scales are those chosen: QAT goes on from it.
@@ -99,6 +100,9 @@ def quantize_model(
     for note in notes:
         logger.warning(note)
     stream = None if matched is None else WeightStream(replica, matched)
+    if options is not None and options.equalization is not None:
+        calibration = list(calibration or ())
+        notes = (*notes, _even_out(replica, calibration, forward, options))
     if not METHODS[chosen].needs_statistics:
         nearest = round_model(
             replica, calibration, forward, observer, notes, verify=verify, convert=convert, stream=stream
@@ -156,6 +160,20 @@ def _replica(model: ModelT, plan: QuantizationPlan) -> ModelT:
     return prepare(copy_model(model, shared).eval(), plan)
 
 
+def _even_out(
+    replica: nn.Module,
+    batches: Sequence[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    options: PTQOptions,
+) -> str:
+    """Even out the channels of a prepared model, in place, and return what the report says of it."""
+    if not batches:
+        raise ValueError("equalization=... got no calibration batch; give at least one")
+    done = equalize(replica, batches, forward, options.equalization, across_ranks=options.across_ranks)
+    readers = {name for group in done for name in group.readers}
+    return f"{len(done)} groups of channels, inputs of {len(readers)} layers, were evened out"
+
+
 def _check(
     original: nn.Module,
     chosen: str,
@@ -179,6 +197,8 @@ def _check(
         raise TypeError(f"calibration is one {type(calibration).__name__}; give the batches in a list: [calibration]")
     if options is not None and not isinstance(options, PTQOptions):
         raise TypeError(f"options={options!r} is not allowed; use PTQOptions, such as PTQOptions(gptq=GPTQOptions())")
+    if options is not None and options.equalization is not None and calibration is None:
+        raise ValueError("equalization=... needs calibration batches to look at channels; give calibration=[...]")
 
 
 def _matched(
@@ -204,7 +224,9 @@ def _matched(
             )
         return None
     one_pass = METHODS[method].needs_statistics and options is not None and options.order == "one_pass"
+    evens_out = options is not None and options.equalization is not None
     for asked, why, instead in (
+        (evens_out, "equalization=...", "leave it out"),
         (known, "a prepared model", "give the float model"),
         (verify, "verify=True", "leave it out, and check_parity on a part of the model"),
         (not convert, "convert=False", "leave it out: a model that is not packed holds all float weights"),
