@@ -44,6 +44,8 @@ class PTQOptions:
         awq: of ``"awq"`` and ``"awq+gptq"``.
         clipping: of ``"clip"`` and ``"awq"``.
         smoothing: of ``"smoothquant"`` and ``"smoothquant+gptq"``.
+        equalization: of the channels of convolutions, before all else and with any method; None leaves them, see
+            :func:`lightning_qat.ptq.equalization.equalize`.
         across_ranks: every rank of ``torch.distributed`` calls this with batches of its own; all get the same model.
     """
 
