@@ -195,9 +195,9 @@ def _kept(
         found = _left_to_gptq(found, layers, statistics, options)
     if found.loss > _LEAST_GAIN * found.plain_loss:  # type: ignore[operator]
         return GroupScaling(replace(fold, reason=f"{fold.reason}; kept at the input it gains too little"))
-    layer = layers[fold.layers[0]]
-    multiply_columns(layer, found.scales)
-    layer.weight_quantizer.arrange_input(None, found.scales.reciprocal())
+    layer, scales = layers[fold.layers[0]], found.scales
+    multiply_columns(layer, scales)  # type: ignore[arg-type]
+    layer.weight_quantizer.arrange_input(None, scales.reciprocal())  # type: ignore[union-attr]
     return found
 
 
@@ -244,8 +244,9 @@ def _search(
         if not inputs:
             return GroupScaling(Fold(fold.layers, reason="inputs that stay in float need no smoothing"))
         token = all(fmt.dynamic and fmt.dynamic_range == "token" for fmt in inputs)
-        facts: dict[str, Any] = {"activation_bits": min(fmt.bits for fmt in inputs), "activation_range": "token" if token else "tensor"}
-        smooth = search_smoothing(weights, seen, formats, replace(options, **facts), tied)
+        bits, shared = min(fmt.bits for fmt in inputs), "token" if token else "tensor"
+        own = replace(options, activation_bits=bits, activation_range=shared)
+        smooth = search_smoothing(weights, seen, formats, own, tied)
         scales = None if smooth.alpha is None else smooth.scales
         return GroupScaling(fold, scales, smooth.loss, smooth.plain_loss, smooth.alpha)
     found = search_scales(weights, seen.gram, seen.mean_magnitude, formats, options, tied)

@@ -22,6 +22,7 @@ from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.ptq.watch import Run, find_shared_inputs, gather_statistics
 from lightning_qat.transforms.phase import float_forward
 
+FOLDED = AWQOptions(keep_scales=False)
 # Symmetric groups have their extreme between two codes: the last place of a scale decides which.
 INT4 = lq.QATConfig("int4", symmetric=False, group_size=16, activation_bits=None)
 
@@ -96,7 +97,7 @@ def test_losses_are_those_of_the_layers_rounded_to_nearest() -> None:
         name: choose_nearest(layer.weight.detach(), seen[name].gram, layer.weight_quantizer.format).loss
         for name, layer in layers.items()
     }
-    found = scaled(block, layers, batches)
+    found = scaled(block, layers, batches, FOLDED)
     by_layer = {name: group for group in found.groups for name in group.fold.layers}
     for names in (("gate", "up"), ("down",)):
         losses = []
@@ -119,13 +120,13 @@ def test_given_grids_and_scales_of_whole_tensors_stay() -> None:
     layers["gate"].weight_quantizer.set_frozen(True, layers["gate"].weight)
     layers["up"].weight_quantizer.set_frozen(True, layers["up"].weight)
     before = {name: p.detach().clone() for name, p in block.named_parameters()}
-    found = scaled(block, layers, batches)
+    found = scaled(block, layers, batches, FOLDED)
     assert found.notes["gate"] == "no scale: the scales of 'gate' are given"
     assert found.notes["down"] == "no scale: no module before it multiplies its inputs one by one"  # 'up' must stay
     assert found.changed == {}
     assert all(torch.equal(p, before[name]) for name, p in block.named_parameters())
     block, layers, batches = prepared(lq.QATConfig("int8", activation_bits=None))
-    sources = [group.fold.source for group in scaled(block, layers, batches).groups]
+    sources = [group.fold.source for group in scaled(block, layers, batches, FOLDED).groups]
     assert [source and source.name for source in sources] == ["norm", None, None, None]
 
 
