@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine, scale_of_absmax
+from lightning_qat.ops.affine_cpu import run_of
 from lightning_qat.ops.fake_quantize import fake_quantize
 from lightning_qat.ops.int4_dequantize import dequantize_int4, int4_run
+from lightning_qat.ops.layout import resolve_layout
+from lightning_qat.ops.quantize_packed import quantize_packed_op
 from lightning_qat.ops.stochastic import quantize_affine_stochastically
 from lightning_qat.ops.straight_through import fake_quantize_through, grid_for, input_gradient
 from lightning_qat.schemes.base import Scheme, _register
@@ -100,6 +103,16 @@ class IntegerScheme(Scheme):
     ) -> Tensor:
         zero = None if fmt.symmetric else zero_point
         return dequantize_affine(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size, dtype=dtype)
+
+    def quantize_packed(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
+        own = type(self).quantize is not IntegerScheme.quantize or type(self).pack is not Scheme.pack
+        if own or fmt.bits not in (4, 8) or not x.is_floating_point() or not x.numel():
+            return super().quantize_packed(x, scale, zero_point, fmt)
+        zero = None if fmt.symmetric else zero_point
+        run = run_of(x, *resolve_layout(x, scale, zero, fmt.axis, fmt.group_size))
+        if run is None:
+            return super().quantize_packed(x, scale, zero_point, fmt)
+        return quantize_packed_op(x, scale, zero, fmt.bits, fmt.symmetric, run)
 
     def dequantize_packed(
         self,
