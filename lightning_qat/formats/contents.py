@@ -103,11 +103,16 @@ def _check_input_as_it_comes(name: str, layer: QuantizedLinear) -> None:
             " nothing before it could take in, and only format='onnx' and save_quantized hold that; quantize with "
             "PTQOptions(awq=AWQOptions(keep_scales=False), smoothing=SmoothingOptions(keep_scales=False))"
         )
-    if layer.input_order is not None:
-        raise ValueError(
-            f"layer {name!r} takes its input features in an input_order of its own, and only format='onnx' and "
-            "save_quantized hold that; quantize with GPTQOptions(static_groups=True)"
-        )
+
+
+def check_no_order(contents: Contents, kind: str) -> None:
+    """Raise if groups of a layer are of inputs that do not lie together, which files of ``kind`` do not hold."""
+    for name, layer in contents.layers.items():
+        if layer.input_order is not None:
+            raise ValueError(
+                f"layer {name!r} takes its input features in an input_order of its own, and {kind} has groups of inputs"
+                " that lie together; use format='gptq' or 'onnx', or quantize with GPTQOptions(static_groups=True)"
+            )
 
 
 def check_weight_only(name: str, layer: QuantizedLayer, kind: str) -> None:

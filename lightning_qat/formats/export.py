@@ -17,7 +17,7 @@ from torch import nn
 
 # Imported for what they register.
 from lightning_qat.formats import awq, bitsandbytes_model, compressed_tensors, gptq  # noqa: F401
-from lightning_qat.formats.contents import Contents, contents_of
+from lightning_qat.formats.contents import Contents, check_no_order, contents_of
 from lightning_qat.formats.model_format import get_format
 from lightning_qat.nn import FoldedBatchNorm
 
@@ -77,6 +77,8 @@ def export(
         return write_onnx(model, Path(path), example)
     kind = get_format(format, (ONNX,))
     contents = contents_of(model)
+    if not kind.holds_order:
+        check_no_order(contents, format)
     config = kind.config(contents)
     with new_folder(Path(path)) as folder:
         tensors = contents.float_tensors()

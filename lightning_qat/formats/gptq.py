@@ -9,6 +9,7 @@ Scales are rounded to float16, once; codes stay as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from lightning_qat.formats.model_format import (
 )
 from lightning_qat.nn import QuantizedLinear
 from lightning_qat.ops.word_packing import pack_words, unpack_words
+from lightning_qat.quantizers.input_arrangement import INPUT_ORDER
 
 _BITS = (2, 3, 4, 8)
 _GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -43,6 +45,7 @@ class GPTQFormat(ModelFormat):
 
     method = "gptq"
     marks = ("qweight", "g_idx")
+    holds_order = True
 
     def __init__(self, name: str = "gptq") -> None:
         self.name = name
@@ -64,7 +67,7 @@ class GPTQFormat(ModelFormat):
             "bits": setting.bits,
             "group_size": setting.group_size,
             "sym": setting.symmetric,
-            "desc_act": False,
+            "desc_act": any(layer.input_order is not None for layer in contents.layers.values()),
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
         }
@@ -93,12 +96,16 @@ class GPTQFormat(ModelFormat):
         weight, bits = UnsignedWeight.of(layer), config["bits"]
         columns = layer.weight_shape[1]
         minus = 1 if config["checkpoint_format"] == "gptq" else 0
-        group = columns // weight.scale.shape[1]
+        groups = torch.arange(columns) // (columns // weight.scale.shape[1])
+        codes, order = weight.codes, layer.input_order
+        if order is not None:  # codes lie by groups, and in the file as the inputs come
+            codes = torch.empty_like(codes).index_copy_(1, order.cpu(), codes)
+            groups = torch.empty_like(groups).index_copy_(0, order.cpu(), groups)
         return {
-            "qweight": pack_words(weight.codes, bits).t().contiguous(),
+            "qweight": pack_words(codes, bits).t().contiguous(),
             "qzeros": pack_words(weight.zero_point.t() - minus & 2**bits - 1, bits),
             "scales": rounded_scale("", weight, torch.float16, self.name).t().contiguous(),
-            "g_idx": (torch.arange(columns) // group).to(torch.int32),
+            "g_idx": groups.to(torch.int32),
         }
 
     def read(self, name: str, tensors: Mapping[str, Tensor], linear: nn.Linear, config: dict[str, Any]) -> HeldLayer:
@@ -117,18 +124,26 @@ class GPTQFormat(ModelFormat):
             scales=(None, (groups, rows)),
         )
         words, scales = tensors["qweight"], tensors["scales"]
-        index = tensors.get("g_idx")
-        if index is not None and not torch.equal(index.long(), torch.arange(columns) // group):
-            raise ValueError(
-                f"layer {name!r} has groups of inputs that do not lie beside each other (activation order without "
-                "static groups), which our layers do not hold; quantize with static groups, or without desc_act"
-            )
+        order = _order_of(name, tensors.get("g_idx"), columns, group)
         plus = 1 if version == "gptq" else 0
         codes = unpack_words(words.t(), bits, columns)
+        codes = codes if order is None else codes[:, order]
         zeros = unpack_words(tensors["qzeros"], bits, linear.out_features).to(torch.int32) + plus & 2**bits - 1
-        return integer_layer(
+        held = integer_layer(
             codes, scales.t().float(), zeros.t(), bits, grouped=size != -1, symmetric=bool(config.get("sym", True))
         )
+        return held if order is None else replace(held, tensors={**held.tensors, INPUT_ORDER: order})
+
+
+def _order_of(name: str, index: Tensor | None, columns: int, group: int) -> Tensor | None:
+    """Return the inputs group by group, int64 ``[columns]``; None where they lie so."""
+    lying = torch.arange(columns) // group
+    if index is None or torch.equal(index.long(), lying):
+        return None
+    order = index.long().argsort(stable=True)
+    if index.shape != (columns,) or not torch.equal(index.long()[order], lying):
+        raise ValueError(f"layer {name!r} has groups of other sizes than {group} in g_idx; the file is damaged")
+    return order
 
 
 def _which_layers(contents: Contents) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class ModelFormat(ABC):
     method: ClassVar[str]
     #: Ends of the names of the tensors by which a quantized layer is recognized.
     marks: ClassVar[tuple[str, ...]]
+    #: Whether groups may be of inputs that do not lie together.
+    holds_order: ClassVar[bool] = False
 
     @abstractmethod
     def config(self, contents: Contents) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.nn import QATLayer, QATMultiheadAttention
+from lightning_qat.nn import QATLayer, QATLinear, QATMultiheadAttention
+from lightning_qat.nn.attention import Projection
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.recurrent import RecurrentWeight
 from lightning_qat.ptq.channels import computes_weight
@@ -31,6 +32,12 @@ def arranges_input(layer: QATLayer) -> bool:
     return quantizer.input_order is not None or quantizer.input_factor is not None
 
 
+def takes_any_order(layer: nn.Module) -> bool:
+    """Return whether a layer may scale its input, and take its features in another order: a Linear that is plain."""
+    plain = isinstance(layer, QATLinear) and type(layer).forward is QATLinear.forward
+    return plain and not isinstance(layer, Projection) and not computes_weight(layer)
+
+
 def problem_of(layer: QATLayer, statistics: InputStatistics) -> LayerProblem:
     """Return what an algorithm decides about.
 
@@ -47,7 +54,8 @@ def problem_of(layer: QATLayer, statistics: InputStatistics) -> LayerProblem:
     if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         name = layer.weight_quantizer.name
         raise ValueError(f"the weight of layer {name!r} holds NaN or inf; start from a checkpoint before it broke")
-    return LayerProblem(weight.flatten(1), statistics, layer.weight_quantizer.format, *given_grid(layer))
+    orders = takes_any_order(layer)
+    return LayerProblem(weight.flatten(1), statistics, quantizer.format, *given_grid(layer), orders=orders)
 
 
 def nearest_codes(layer: QATLayer) -> ChosenCodes:
@@ -100,6 +108,10 @@ def adopt(name: str, layer: QATLayer, chosen: ChosenCodes) -> int:
                 f"{before.dtype}; quantize the model in float32, or use fewer bits"
             )
     set_weight(layer, again)
+    if chosen.order is not None:
+        before_it, factor = quantizer.input_order, quantizer.input_factor
+        order = chosen.order if before_it is None else before_it[chosen.order]
+        quantizer.arrange_input(order, None if factor is None else factor[chosen.order])
     return moved
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.nn import QATLayer, QATLinear
-from lightning_qat.nn.attention import Projection
-from lightning_qat.ptq.adopt import arranges_input
+from lightning_qat.nn import QATLayer
+from lightning_qat.ptq.adopt import arranges_input, takes_any_order
 from lightning_qat.ptq.awq import AWQOptions, rows_are_independent, scaled_loss, search_scales
 from lightning_qat.ptq.channels import multiply_columns
 from lightning_qat.ptq.expected_error import conditional_variances
@@ -177,8 +176,7 @@ def _may_keep(
     """Return whether layers of a group can divide their inputs themselves."""
     if not options.keep_scales or _kept_apart(group, layers, statistics):
         return False
-    plain = all(type(layers[n]).forward is QATLinear.forward and not isinstance(layers[n], Projection) for n in group)
-    return plain and not declined_scale(group, layers, untouchable)
+    return all(takes_any_order(layers[n]) for n in group) and not declined_scale(group, layers, untouchable)
 
 
 def _kept(

@@ -28,6 +28,8 @@ class ChosenCodes:
         nearest_loss: the same for every weight rounded to its nearest code on the grid of its extremes.
         damping: share of the mean diagonal that was added to ``G``'s; 0 where nothing was solved.
         notes: what a reader of the report should know: dead columns, a rescue and its reason.
+        order: int64 ``[in_features]``: which column of the weight each column of ``codes`` is, where groups are of
+            columns that do not lie together; None where columns are as they lie.
     """
 
     codes: Tensor
@@ -38,9 +40,10 @@ class ChosenCodes:
     nearest_loss: float
     damping: float = 0.0
     notes: tuple[str, ...] = ()
+    order: Tensor | None = None
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return what the codes stand for."""
+        """Return what the codes stand for, their columns as :attr:`order` says."""
         scheme = get_scheme(self.format.scheme)
         scale = scheme.effective_scale(self.scale, self.format)
         return scheme.dequantize(self.codes, scale, self.zero_point, self.format, dtype)

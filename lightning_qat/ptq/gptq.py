@@ -46,8 +46,8 @@ class GPTQOptions:
         damping: share of the mean of the Gram matrix's diagonal that is added to it; doubled until it can be inverted.
         activation_order: begin with the columns whose inputs are largest.
         static_groups: find all scales before the first column is rounded. Otherwise each group's are found when it is
-            reached, of the weights as they are by then; with ``activation_order`` its columns then do not lie together,
-            which a :class:`QuantizedTensor` can hold and a layer of a model cannot.
+            reached, of the weights as they are by then; with ``activation_order`` its columns then do not lie together:
+            a plain Linear takes its input features in that order, other layers cannot.
         block_size: columns that are rounded before all others follow.
         scale_search: ``"none"`` takes the scales of the extremes; ``"mse"`` those of least squared error of the
             weights, ``"gram"`` of the weights weighted by the power of their inputs.
@@ -108,8 +108,8 @@ def choose_gptq(
     _check(weight, gram, fmt, scale)
     if scale is None and orders_groups(weight.shape, fmt, options):
         raise ValueError(
-            "static_groups=False with activation_order=True makes groups of columns that do not lie together, which a "
-            "layer cannot hold; use static_groups=True, activation_order=False, or GPTQQuantizer for a single tensor"
+            "static_groups=False with activation_order=True makes groups of columns that do not lie together, which"
+            " only a plain Linear can hold; use static_groups=True, activation_order=False, or GPTQQuantizer for a tensor"
         )
     weight, gram = weight.detach().to(torch.float32), gram.detach().to(weight.device, torch.float32)
     given = None
@@ -127,6 +127,29 @@ def choose_gptq(
         return replace(nearest, damping=solved.damping, notes=notes)
     kept = None if fmt.symmetric else chosen.zero_point
     return ChosenCodes(codes, chosen.scale, kept, fmt, loss, nearest.nearest_loss, solved.damping, notes)
+
+
+def choose_ordered(
+    weight: Tensor, gram: Tensor, fmt: TensorFormat, options: GPTQOptions | None = None, **grid: Tensor | None
+) -> ChosenCodes:
+    """Return what :func:`choose_gptq` does, with groups in activation order where the options ask for it.
+
+    Columns that follow each other in that order are a group, and the result says which they are.
+
+    Args:
+        weight: see :func:`choose_gptq`.
+        gram: likewise.
+        fmt: likewise.
+        options: likewise.
+        **grid: ``scale`` and ``zero_point`` that are given: their groups are of neighbours.
+    """
+    options = options or GPTQOptions()
+    if grid.get("scale") is not None or not orders_groups(weight.shape, fmt, options):
+        return choose_gptq(weight, gram, fmt, options, **grid)
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    lying, gram = weight[:, order.to(weight.device)], gram[order][:, order]
+    chosen = choose_gptq(lying, gram, fmt, replace(options, activation_order=False))
+    return replace(chosen, order=order.to(weight.device))
 
 
 def orders_groups(shape: torch.Size, fmt: TensorFormat, options: GPTQOptions) -> bool:

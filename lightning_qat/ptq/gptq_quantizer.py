@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from lightning_qat.config import QuantizationConfig
 from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.column_grid import check_target
-from lightning_qat.ptq.gptq import GPTQOptions, check_gram, choose_gptq, orders_groups
+from lightning_qat.ptq.gptq import GPTQOptions, check_gram, choose_ordered
 from lightning_qat.quantizers.quantizer import quantize, tensor_config
 from lightning_qat.schemes import get_scheme, weight_format
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
@@ -75,17 +74,11 @@ class GPTQQuantizer:
         if (self.config.observer or "min_max") != "min_max":
             observed = quantize(matrix, self.config)
             given = {"scale": observed.scale, "zero_point": observed.zero_point}
-        order, options = None, self.options
-        if orders_groups(matrix.shape, fmt, options) and not given:
-            # Groups of columns in that order are groups of neighbours once the columns lie so.
-            order = torch.argsort(hessian.diagonal(), descending=True, stable=True).to(weight.device)
-            options = replace(options, activation_order=False)
-            matrix, hessian = matrix[:, order], hessian.to(weight.device)[order][:, order]
-        chosen = self.last = choose_gptq(matrix, hessian, fmt, options, **given)
+        chosen = self.last = choose_ordered(matrix, hessian.to(weight.device), fmt, self.options, **given)
         scheme: Any = get_scheme(fmt.scheme)
         packed = scheme.pack(chosen.codes.reshape(weight.shape), fmt)
         stored = scheme.store_scale(chosen.scale, fmt)
-        return QuantizedTensor(packed, stored, chosen.zero_point, fmt, weight.shape, weight.dtype, order=order)
+        return QuantizedTensor(packed, stored, chosen.zero_point, fmt, weight.shape, weight.dtype, order=chosen.order)
 
 
 def _check_weight(weight: Any) -> None:

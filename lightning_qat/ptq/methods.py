@@ -17,7 +17,7 @@ from lightning_qat.ptq.chosen import ChosenCodes
 from lightning_qat.ptq.clipping import ClippingOptions, choose_clipped
 from lightning_qat.ptq.column_grid import check_target
 from lightning_qat.ptq.equalizing_scales import EqualizationOptions
-from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq
+from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq, choose_ordered
 from lightning_qat.ptq.many_small import choose_many_small
 from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.smoothing import SmoothingOptions
@@ -73,6 +73,7 @@ class LayerProblem:
         statistics: of the inputs.
         fmt: of the codes.
         scale, zero_point: of a grid that is given, as QAT learned it; None leaves it to the algorithm.
+        orders: whether the layer can take its input features in another order.
     """
 
     weight: Tensor
@@ -80,6 +81,7 @@ class LayerProblem:
     fmt: TensorFormat
     scale: Tensor | None = None
     zero_point: Tensor | None = None
+    orders: bool = False
 
 
 Choose = Callable[[LayerProblem, PTQOptions], ChosenCodes]
@@ -114,8 +116,9 @@ def _nearest(problem: LayerProblem, options: PTQOptions) -> ChosenCodes:
 
 
 def _gptq(problem: LayerProblem, options: PTQOptions) -> ChosenCodes:
-    gram = problem.statistics.gram
-    return choose_gptq(problem.weight, gram, problem.fmt, options.gptq, problem.scale, problem.zero_point)
+    grid = {"scale": problem.scale, "zero_point": problem.zero_point}
+    choose = choose_ordered if problem.orders else choose_gptq
+    return choose(problem.weight, problem.statistics.gram, problem.fmt, options.gptq, **grid)
 
 
 def _clipped(problem: LayerProblem, options: PTQOptions) -> ChosenCodes:
@@ -186,8 +189,8 @@ def choose_codes(layer: nn.Module, problem: LayerProblem, method: Method, option
             mean_magnitude=statistics.mean_magnitude[index],
             max_magnitude=statistics.max_magnitude[index],
         )
-        grid = [None if t is None else t[here] for t in (problem.scale, problem.zero_point)]
-        parts.append(choose(LayerProblem(problem.weight[here], own, problem.fmt, *grid), options))
+        scale, zero_point = (None if t is None else t[here] for t in (problem.scale, problem.zero_point))
+        parts.append(choose(LayerProblem(problem.weight[here], own, problem.fmt, scale, zero_point), options))
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     zero_points: Any = [part.zero_point for part in parts]
     return ChosenCodes(
