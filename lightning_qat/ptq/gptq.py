@@ -109,7 +109,7 @@ def choose_gptq(
     if scale is None and orders_groups(weight.shape, fmt, options):
         raise ValueError(
             "static_groups=False with activation_order=True makes groups of columns that do not lie together, which"
-            " only a plain Linear can hold; use static_groups=True, activation_order=False, or GPTQQuantizer for a tensor"
+            " only a plain Linear can hold; use static_groups=True or activation_order=False, or GPTQQuantizer"
         )
     weight, gram = weight.detach().to(torch.float32), gram.detach().to(weight.device, torch.float32)
     given = None

@@ -190,15 +190,40 @@ def test_quantized_inputs_are_refused(tmp_path: Path) -> None:
         lq.export(model, tmp_path / "file", "gptq")
 
 
-def test_groups_of_activation_order_are_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_in_activation_order(gptqmodel, eager, tmp_path: Path, symmetric: bool) -> None:
+    """``desc_act``: the groups of inputs do not lie together."""
+    from transformers import GPTQConfig
+
+    config = lq.QuantizationConfig("gptq", group_size=32, symmetric=symmetric)
+    plan = lq.QuantizationPlan([lq.LayerRule(nn.Linear, config), lq.LayerRule("lm_head")])
+    options = lq.PTQOptions(gptq=lq.GPTQOptions(static_groups=False))
+    model = lq.quantize_model(llama(), plan, [{"input_ids": IDS}], "gptq", options=options)
+    lq.export(model, tmp_path / "file", "gptq_v2")
+    facts = json.loads((tmp_path / "file" / "config.json").read_text())["quantization_config"]
+    assert facts["desc_act"] is True
+    theirs = pretrained(tmp_path / "file", quantization_config=GPTQConfig(bits=4, backend="gptq_torch"))
+    read = lq.import_quantized(tmp_path / "file", llama(seed=5))
+    for name, layer in layers_of(read).items():
+        whole = torch.empty_like(layer.weight).index_copy_(1, layer.input_order, layer.weight)
+        assert torch.equal(theirs.get_submodule(name).dequantize_weight().t(), whole.half()), name
+    assert difference(logits(theirs), logits(read)) < 2e-3
+    assert difference(logits(theirs), logits(model)) < 4e-3
+    lq.export(read, tmp_path / "again", "gptq_v2")
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("file", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_groups_of_other_sizes_are_not_read(tmp_path: Path) -> None:
     lq.export(quantized_llama(CONFIGS["4 bits, groups"]), tmp_path / "file", "gptq")
     file = tmp_path / "file" / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.g_idx"] = tensors["model.layers.1.mlp.up_proj.g_idx"].flip(0).contiguous()
+    tensors["model.layers.1.mlp.up_proj.g_idx"][0] = 1
     save_file(tensors, file)
     model = llama(seed=5)
     before = logits(model)
-    with pytest.raises(lq.QuantizedFileError, match="mlp.up_proj' has groups of inputs that do not lie"):
+    with pytest.raises(lq.QuantizedFileError, match=r"mlp.up_proj' has groups of other sizes than 32 in g_idx"):
         lq.import_quantized(tmp_path / "file", model)
     assert torch.equal(logits(model), before)
 
