@@ -103,8 +103,12 @@ def check(cfg: DictConfig) -> tuple[QuantizationPlan, PTQOptions]:
             if cfg[name] is not None:
                 check_int(name, cfg[name], 1)
         plan, options = resolve_plan(make(cfg.quantization, "quantization")), make(cfg.options, "options")
-        if cfg.stream and (cfg.verify or options.order == "one_pass"):
-            what = "verify=true" if cfg.verify else "options.order=one_pass"
+        whole = {
+            "verify=true": cfg.verify,
+            "options.order=one_pass": options.order == "one_pass",
+            "options.equalization": options.equalization is not None,
+        }
+        for what in (what for what, asked in whole.items() if cfg.stream and asked):
             raise ValueError(f"{what} needs all weights at once, and stream=true reads them block by block")
     except ValueError as error:
         raise ConfigError(str(error)) from error

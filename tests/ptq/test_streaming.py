@@ -122,6 +122,14 @@ def test_experts_that_a_later_batch_reaches(tmp_path: Path) -> None:
     assert_same(lq.quantize_model(empty(Mixture), config, batches, "awq+gptq", weights=tmp_path), expected)
 
 
+def test_columns_in_activation_order(tmp_path: Path) -> None:
+    save_model(built(Llama), str(tmp_path / "model.safetensors"))
+    plan = lq.QuantizationPlan([lq.LayerRule("layers.*", lq.QuantizationConfig("int4", group_size=8))])
+    options = lq.PTQOptions(gptq=lq.GPTQOptions(static_groups=False))
+    expected = lq.quantize_model(built(Llama), plan, tokens(), "gptq", options=options)
+    assert_same(lq.quantize_model(empty(Llama), plan, tokens(), "gptq", options=options, weights=tmp_path), expected)
+
+
 class WithMore(Llama):
     """With a layer that no batch reaches, and a block of another kind that is called twice."""
 
