@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import profile
 
+from lightning_qat.config import PRESETS, QATConfig
 from lightning_qat.ops.workspace import release_workspace
 from lightning_qat.transforms import Phase, apply_phase, calibrate, prepare
 
@@ -47,8 +48,10 @@ def train_step_group(rounds: int, batch: int = 64, sequences: int = 8) -> Result
 def _measured(name: str, model: nn.Module, inputs: Tensor, peers: dict[str, nn.Module], rounds: int) -> list[Timing]:
     labels = torch.randint(0, 10, (len(inputs),))
     models: dict[str, nn.Module] = {"float": model}
-    models["lightning_qat, observing"] = _prepared(model, inputs, Phase())
-    models["lightning_qat, frozen"] = _prepared(model, inputs, Phase(observing=False, frozen=True))
+    models["lightning_qat, observing"] = _prepared(model, inputs, "int8", Phase())
+    models["lightning_qat, frozen"] = _prepared(model, inputs, "int8", Phase(observing=False, frozen=True))
+    learned = replace(PRESETS["int8"], learnable_step_size=True)
+    models["lightning_qat, learned scales"] = _prepared(model, inputs, learned, Phase())
     models |= peers
     steps = {who: _step(model, inputs, labels) for who, model in models.items()}
     kept = {who: _kept_bytes(model, inputs, labels) for who, model in models.items()}
@@ -57,8 +60,8 @@ def _measured(name: str, model: nn.Module, inputs: Tensor, peers: dict[str, nn.M
     return [replace(t, kept=kept[t.name] / kept["float"], peak=peak[t.name] / peak["float"]) for t in timings]
 
 
-def _prepared(model: nn.Module, images: Tensor, phase: Phase) -> nn.Module:
-    prepared = prepare(copy.deepcopy(model), "int8")
+def _prepared(model: nn.Module, images: Tensor, config: str | QATConfig, phase: Phase) -> nn.Module:
+    prepared = prepare(copy.deepcopy(model), config)
     calibrate(prepared, [images])
     apply_phase(prepared, Phase(quantizing=False))
     with torch.no_grad():

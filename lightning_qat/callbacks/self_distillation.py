@@ -35,11 +35,13 @@ class SelfDistillation(pl.Callback):
     The teacher is the float forward of the same latent weights: no second model in memory, no file to load, and it
     gets better as the weights do. It also follows them wherever the student's gradient takes them, the student's error
     with it: where the student cannot be better than its teacher (a pretrained model, few data, no labels),
-    ``teacher="start"`` is the better one, at the cost of a copy of the weights. Before each forward pass of the module in training the same inputs go through it
-    once more with fake quantization switched off and without gradients, with the same dropout; BatchNorm statistics,
-    observers, the random state and attributes stay as they were. The gradient of the loss, which is known as soon as
-    the student's output is, joins the one that arrives at that output in the backward pass: divided by
-    ``accumulate_grad_batches`` and scaled as that is. An output that the loss does not depend on is not distilled.
+    ``teacher="start"`` is the better one, at the cost of a copy of the weights.
+
+    Before each forward pass of the module in training the same inputs go through it once more with fake quantization
+    switched off and without gradients, with the same dropout; BatchNorm statistics, observers, the random state and
+    attributes stay as they were. The gradient of the loss, which is known as soon as the student's output is, joins
+    the one that arrives at that output in the backward pass: divided by ``accumulate_grad_batches`` and scaled as that
+    is. An output that the loss does not depend on is not distilled.
 
     One float forward without a graph is what it costs. In a phase of float training nothing is done. Logged is
     ``quantization/distillation_loss``, without ``weight``, summed over the outputs of a batch.

@@ -159,6 +159,13 @@ def learned_gradients(
     return grad_x, grad_scale, None if zero is None else grad_zero
 
 
+def full_float32(shape: torch.Size, value: float) -> Tensor:
+    """Return ``value`` as float32 in ``shape``; infinite where that has no such number."""
+    return torch.full(shape, math.copysign(math.inf, value) if abs(value) > _MOST else value, dtype=torch.float32)
+
+
+_MOST = torch.finfo(torch.float32).max
+
 #: Terms of long rows are summed in float32 over runs of this length, and the sums of runs in float64.
 _RUN = 1024
 
@@ -198,8 +205,8 @@ def _by_products(
         if not math.isfinite(change):
             return None  # infinite values, which the sums of the kernel leave out
         step = scale.item()
-        shift = None if zero_point is None else torch.full(scale.shape, -step * clipped, dtype=torch.float32)
-        return grad_x, torch.full(scale.shape, change / step, dtype=torch.float32), shift
+        shift = None if zero_point is None else full_float32(scale.shape, -step * clipped)
+        return grad_x, full_float32(scale.shape, change / step), shift
     grad_x = fake_quantize_backward_cpu(grad, x, scale, zero_point, *grid, _ONLY_X)[0]
     values = fake_quantize_cpu(x, scale, zero_point, *grid) if values is None else values
     changes = _row_changes(*(t.view(rows, -1) for t in (grad, values, grad_x, x)))

@@ -34,6 +34,7 @@ from lightning_qat.ops.straight_through import (
     apply_plainly,
     differentiable_once,
     fake_quantize_kernel,
+    full_float32,
     grid_for,
     learned_gradients,
 )
@@ -296,10 +297,17 @@ def _position(offset: Tensor, bits: int) -> Tensor:
 
 def exponent_gradient(grad: Tensor, scale: Tensor, factor: float) -> Tensor:
     """Return the exponent's gradient, of the scale's."""
+    if scale.numel() == 1 and takes_pieces(scale, grad):  # as of ``scale_of``
+        slope = 2.0 ** (math.frexp(scale.item())[1] - 1)
+        return full_float32(grad.shape, grad.item() * factor / slope)
     return grad.to(torch.float32) * factor / slope_of(scale)
 
 
 def _offset_gradient(grad: Tensor, offset: Tensor, scale: Tensor, factor: float, levels: int) -> Tensor:
+    if scale.numel() == 1 and takes_pieces(scale, grad, offset):
+        place, slope = offset.item(), grad.item() * factor / levels
+        ends = (place <= 0 and slope > 0) or (place >= 1 and slope < 0)
+        return full_float32(grad.shape, 0.0 if ends else slope / scale.item() ** 2)
     result = grad.to(torch.float32) * (factor / levels) / (scale * scale)
     # At the grid's ends only the way back is open.
     outward = ((offset <= 0) & (result > 0)) | ((offset >= 1) & (result < 0))

@@ -235,3 +235,19 @@ def test_symmetric_ranges_are_widened_to_contain_zero(bits: int) -> None:
         steps = 2 ** (bits - 1) - (1 if bits >= 8 else 0.5)
         expected = max(float(torch.tensor(absmax) / torch.tensor(float(steps))), TINY) if absmax else 1.0
         assert found == expected, (a, b)
+
+
+def any_float32():
+    return st.floats(width=32) | st.sampled_from([0.0, -0.0, 1e-45, 1.1754944e-38, 3.4028234e38])
+
+
+@given(any_float32(), any_float32(), st.sampled_from([2, 3, 4, 7, 8, 16]), st.booleans())
+def test_one_range_has_the_bits_that_it_has_among_several(low, high, bits, symmetric):
+    """One range is computed by Python's numbers on a CPU, several by tensor operations."""
+    one = choose_scale_zero_point(torch.tensor(low), torch.tensor(high), bits=bits, symmetric=symmetric)
+    ranges = torch.tensor([low, 1.0]), torch.tensor([high, 2.0])
+    several = choose_scale_zero_point(*ranges, bits=bits, symmetric=symmetric)
+    assert one[0].view(torch.int32) == several[0][0].view(torch.int32) or (one[0].isnan() and several[0][0].isnan())
+    assert symmetric or torch.equal(one[1], several[1][0])
+    assert one[0].shape == ()
+    assert one[0].dtype == torch.float32

@@ -13,6 +13,8 @@ from lightning_qat.ops.fake_quantize import EDGE, fake_quantize_op
 from lightning_qat.ops.straight_through import _by_products, learned_gradients
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
 from lightning_qat.quantizers.learned_scale import (
+    _offset_gradient,
+    exponent_gradient,
     exponent_of,
     least_error_parameters,
     scale_of,
@@ -322,3 +324,24 @@ def test_inputs_of_zeros_begin_with_a_range_to_grow_into(symmetric, pact):
     assert (quantizer(grown) - grown).abs().max() <= 1.001 / levels
     quantizer.set_bits(8)
     assert quantizer.scale == pytest.approx(2 / (254 if symmetric else 255), rel=1e-5)
+
+
+@pytest.mark.parametrize("offset", [-0.1, 0.0, 0.3, 1.0, 1.2])
+@pytest.mark.parametrize("grad", [-3.7e4, -1e-9, 0.0, 2.5, 3e38, math.inf])
+@pytest.mark.parametrize("scale", [1e-30, 0.01, 0.75, 1.0, 40.0])
+def test_one_number_has_the_gradients_that_it_has_among_several(offset, grad, scale):
+    """One is computed by Python's numbers on a CPU, several by tensor operations."""
+    alone = [torch.tensor([value]) for value in (grad, offset, scale)]
+    among = [torch.tensor([value, 0.5]) for value in (grad, offset, scale)]
+    for factor in (0.02, 1.0):
+        found = exponent_gradient(alone[0], alone[2], factor)
+        torch.testing.assert_close(found, exponent_gradient(among[0], among[2], factor)[:1], rtol=1e-6, atol=0)
+        if scale > 1e-18:  # its square is a float32
+            found = _offset_gradient(*alone, factor, 255)
+            torch.testing.assert_close(found, _offset_gradient(*among, factor, 255)[:1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("exponent", [-126.0, -125.3, -20.7, -1.0, -1e-7, 0.0, 0.5, 126.9, 127.0])
+def test_one_exponent_has_the_bits_that_it_has_among_several(exponent):
+    several = scale_of(torch.tensor([exponent, 0.0]))
+    assert torch.equal(scale_of(torch.tensor([exponent])).view(torch.int32), several[:1].view(torch.int32))
