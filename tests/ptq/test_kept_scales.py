@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptq_models import Bert, Llama, built, tokens
+from ptq_models import Bert, Llama, ViT, built, images, tokens
 from torch import Tensor, nn
 
 import lightning_qat as lq
@@ -110,6 +110,17 @@ def test_the_certificate_holds_and_quantization_aware_training_goes_on() -> None
 def test_where_all_scales_fold_none_is_kept() -> None:
     made = quantized("awq", model=built(Llama))
     assert all(layer.input_factor is None for layer in made.modules() if isinstance(layer, QuantizedLinear))
+
+
+def test_the_attention_of_pytorch() -> None:
+    model, batches = built(ViT), images()
+    made = lq.quantize_model(model, "int8_dynamic", batches, "smoothquant", verify=True)
+    report = lq.parity_report(made)
+    assert report is not None
+    assert report.passed
+    kept = {n.removesuffix(".input_factor") for n, _ in made.named_buffers() if n.endswith(".input_factor")}
+    # Its input projections are parts of one weight that other code may read.
+    assert not any(name.endswith(("q_proj", "k_proj", "v_proj")) for name in kept)
 
 
 def test_shared_weights_convolutions_and_own_forwards_are_left_out() -> None:
