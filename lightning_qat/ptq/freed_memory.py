@@ -11,8 +11,8 @@ from typing import Any
 def return_freed_memory() -> None:
     """Let glibc return the free pages of its heap; elsewhere nothing is done.
 
-    It keeps them where a smaller tensor lies above. Of a model of 24 blocks that is more than what is in use: 290 MB
-    instead of 130 after each block.
+    It keeps them where a smaller tensor lies above: at the last of 24 blocks that were streamed, a process had taken
+    302 MB, of which 109 were in use.
     """
     trim = _malloc_trim()
     if trim is not None:
