@@ -57,6 +57,7 @@ class GroupEqualization:
         sources: names of what was divided.
         readers: names of the layers that were multiplied.
         scales: float32 ``[channels]``.
+        alpha: that gave them.
         loss: expected squared error of the readers' outputs, relative to these, summed over the readers.
         plain_loss: the same without scales.
     """
@@ -64,6 +65,7 @@ class GroupEqualization:
     sources: tuple[str, ...]
     readers: tuple[str, ...]
     scales: Tensor
+    alpha: float
     loss: float
     plain_loss: float
 
@@ -174,18 +176,25 @@ def _choose(
     ranges = {name: seen[name] for name in group.readers}
     exact = any(slot.value.element_size() < 4 for slot in _slots_of(group))
     largest = [found.largest for found in ranges.values()]
-    scales = equalizing_scales(largest, options.alpha, group.ceiling, exact=exact)
-    loss = plain = 0.0
+    plain = _loss(group, ranges, torch.ones_like(largest[0]))
+    best = None
+    for alpha in options.alphas(group.ceiling):
+        scales = equalizing_scales(largest, alpha, group.ceiling, exact=exact)
+        loss = _loss(group, ranges, scales)
+        if loss < (plain if best is None else best.loss):
+            names = tuple(source.name for source in group.sources)
+            best = GroupEqualization(names, tuple(group.readers), scales, alpha, loss, plain)
+    return best
+
+
+def _loss(group: ChannelGroup, ranges: Mapping[str, ChannelRange], scales: Tensor) -> float:
+    """Return the expected error of the readers' outputs, relative to these, summed over the readers."""
+    total = 0.0
     for name, layer in group.readers.items():
-        weight = layer.weight.detach().float()
-        before = expected_loss(layer, weight, ranges[name])
-        after = expected_loss(layer, by_input_channel(layer, weight, scales), ranges[name].divided_by(scales))
-        power = max(output_power(layer, weight, ranges[name]), torch.finfo(torch.float32).tiny)
-        plain, loss = plain + before / power, loss + after / power
-    if not loss < plain:
-        return None
-    names = tuple(source.name for source in group.sources)
-    return GroupEqualization(names, tuple(group.readers), scales, loss, plain)
+        weight, seen = layer.weight.detach().float(), ranges[name]
+        error = expected_loss(layer, by_input_channel(layer, weight, scales), seen.divided_by(scales))
+        total += error / max(output_power(layer, weight, seen), torch.finfo(torch.float32).tiny)
+    return total
 
 
 # --- folding ---------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_qat.nn import QATLayer
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
 from lightning_qat.schemes import TensorFormat, get_scheme, rows_of, rows_to
-from lightning_qat.validation import check_fraction
+from lightning_qat.validation import check_fraction, check_int
 
 #: The least share of the largest channel that is told from nothing.
 _LEAST_SHARE = 2.0**-10
+#: The largest exponent where a clamp lies between: an image of another kind has larger numbers in some channels.
+_MOST_CLAMPED = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,27 @@ class EqualizationOptions:
 
     Args:
         alpha: how much, 0 to 1: scales are ``(max|x| / max of all channels) ** alpha``. At 1 every channel fills the
-            range, and what calibration has not seen may leave it; at 0.5 half of the distance, in decibels, stays.
+            range, and what calibration has not seen may leave it; at 0.5 half of the distance, in decibels, stays. None
+            takes for each group of channels the value of least expected error; at most 0.5 where a clamp lies between,
+            which would cut the rest off.
+        grid_points: values of ``alpha`` that are tried then.
     """
 
-    alpha: float = 0.5
+    alpha: float | None = None
+    grid_points: int = 10
 
     def __post_init__(self) -> None:
-        check_fraction("alpha", self.alpha, include_one=True)
+        if self.alpha is not None:
+            check_fraction("alpha", self.alpha, include_one=True)
+        check_int("grid_points", self.grid_points, 2)
+
+    def alphas(self, ceiling: float) -> list[float]:
+        """Return what is tried for channels that were clamped at ``ceiling``."""
+        if self.alpha is not None:
+            return [self.alpha]
+        most = 1.0 if ceiling == math.inf else _MOST_CLAMPED
+        points = (i / self.grid_points for i in range(1, self.grid_points + 1))
+        return [alpha for alpha in points if alpha <= most]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +91,7 @@ def equalizing_scales(
     Args:
         largest: of each reader, the largest ``|x|`` of each channel.
         alpha: see :class:`EqualizationOptions`.
-        ceiling: at which inputs were clamped; what was seen below it stays below it.
+        ceiling: at which inputs were clamped; what was seen below it stays below it, but for rounding.
         exact: take powers of two, which no dtype rounds.
     """
     tiny = torch.finfo(torch.float32).tiny
@@ -84,8 +100,6 @@ def equalizing_scales(
     share = torch.stack([values / top for values, top in zip(largest, tops, strict=True)]).amax(0)
     exponent = alpha * share.clamp(_LEAST_SHARE, 1.0).log2()
     scales = torch.exp2(exponent.ceil() if exact else exponent)
-    if ceiling < math.inf:
-        scales = torch.maximum(scales, share.clamp(max=1.0))  # the logarithm is rounded
     return torch.where(share > 0, scales, 1.0)
 
 

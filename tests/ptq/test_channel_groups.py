@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import lightning_qat as lq
 from lightning_qat.ptq.channel_groups import ChannelGroup, ChannelWatch
+from lightning_qat.tasks.mobilenet_v2 import MobileNetV2
 from lightning_qat.transforms.phase import float_forward
 
 
@@ -88,6 +89,15 @@ def test_of_inverted_residuals() -> None:
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.weight.data.mul_(1e-2), norm.bias.data.mul_(1e-2)  # far below 6
     check_by_multiplying(model, groups, images()[0])
+
+
+def test_of_every_convolution_of_mobilenet_v2_but_the_first() -> None:
+    model = lq.prepare(MobileNetV2(), "int8").eval()
+    groups = found(model, randn(1, 3, 32, 32))
+    convolutions = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    assert sorted(name for group in groups for name in group.readers) == sorted(convolutions[1:])
+    # Before 17 depthwise and 17 projecting ones; and a chain of residual connections for each width.
+    assert [len([g for g in groups if (g.ceiling == 6.0) is clamped]) for clamped in (True, False)] == [34, 7]
 
 
 class Between(nn.Module):

@@ -77,6 +77,20 @@ def test_the_quantized_model_comes_nearer(method: str) -> None:
     assert report.notes[-1] == "7 groups of channels, inputs of 8 layers, were evened out"
 
 
+def test_the_least_expected_error_is_taken() -> None:
+    tried = [
+        equalize(lq.prepare(uneven(), INT8), images(), None, EqualizationOptions(alpha=a)) for a in (0.25, 0.5, 1.0)
+    ]
+    best = equalize(lq.prepare(uneven(), INT8), images(), None, EqualizationOptions(grid_points=4))
+    for group in best:
+        clamped = not group.sources[0].endswith(".7")  # the norms before a sum
+        losses = [
+            g.loss for done in tried for g in done if g.sources == group.sources and g.alpha <= (0.5 if clamped else 1)
+        ]
+        assert group.loss <= min(losses)
+        assert group.alpha <= 0.5 or not clamped
+
+
 def test_the_users_model_is_left_alone() -> None:
     model = uneven()
     before = {name: value.clone() for name, value in model.state_dict().items()}

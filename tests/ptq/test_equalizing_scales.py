@@ -28,7 +28,7 @@ def test_nothing_seen_below_a_ceiling_is_cut(seen: list[float], alpha: float, ex
     largest = torch.tensor(seen).clamp(max=6.0)
     scales = equalizing_scales([largest], alpha, 6.0, exact=exact)
     assert bool(((scales > 0) & (scales <= 1)).all())
-    assert bool((largest <= 6.000001 * scales).all())
+    assert bool((largest <= 6.00001 * scales).all())
     assert bool((scales[(largest == 6.0) | (largest == 0)] == 1).all())
 
 
@@ -51,10 +51,18 @@ def test_channels_of_readers_are_those_of_the_one_that_fills_its_range_most() ->
     assert equalizing_scales([torch.tensor([1.0, 3.0, 9.0])], 1.0, exact=True).tolist() == [0.125, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("alpha", [-1.0, 1.5, math.nan, None])
+@pytest.mark.parametrize("alpha", [-1.0, 1.5, math.nan, "most"])
 def test_alpha_is_a_share(alpha: object) -> None:
     with pytest.raises(ValueError, match="alpha="):
         EqualizationOptions(alpha=alpha)  # type: ignore[arg-type]
+
+
+def test_what_is_tried() -> None:
+    assert EqualizationOptions(grid_points=4).alphas(math.inf) == [0.25, 0.5, 0.75, 1.0]
+    assert EqualizationOptions(grid_points=4).alphas(6.0) == [0.25, 0.5]
+    assert EqualizationOptions(alpha=0.8).alphas(6.0) == [0.8]
+    with pytest.raises(ValueError, match="grid_points=1 is not allowed"):
+        EqualizationOptions(grid_points=1)
 
 
 def test_columns_of_grouped_convolutions() -> None:
