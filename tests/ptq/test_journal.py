@@ -54,10 +54,10 @@ def test_killed_and_run_again_is_the_same_to_the_byte(tmp_path: Path) -> None:
 
 
 def test_scales_that_are_kept_at_inputs_survive_a_kill(tmp_path: Path) -> None:
-    interrupted.main(tmp_path / "whole", "", 0, "awq+gptq", "Bert")
-    assert run(tmp_path / "broken", tmp_path / "journal", 3, "awq+gptq", "Bert") == -signal.SIGKILL
+    interrupted.main(tmp_path / "whole", "", 0, "awq", "Bert")
+    assert run(tmp_path / "broken", tmp_path / "journal", 3, "awq", "Bert") == -signal.SIGKILL
     assert len(list((tmp_path / "journal").glob("*.safetensors"))) == 1
-    assert run(tmp_path / "broken", tmp_path / "journal", 0, "awq+gptq", "Bert") == 0
+    assert run(tmp_path / "broken", tmp_path / "journal", 0, "awq", "Bert") == 0
     assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
     assert b'"input_factor"' in digest(tmp_path / "whole")[1]
 
