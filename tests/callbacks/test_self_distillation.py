@@ -8,99 +8,29 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from classifier import Classifier, data, loader, trainer
+from classifier import Classifier, data
+from distilled import (
+    WEIGHT,
+    ByHand,
+    ByHandMSE,
+    Student,
+    assert_same_training,
+    fit,
+    ours,
+    qat,
+    same_bits,
+    state,
+    stateful,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 import lightning_qat as lq
 from lightning_qat.testing import assert_rank_equal, assert_resume_exact
-from lightning_qat.transforms.distillation import as_teacher, weights_of, with_weights
-
-WEIGHT, TEMPERATURE = 2.0, 3.0
-
-
-class Student(Classifier):
-    """With dropout, which the teacher has to repeat."""
-
-    def __init__(self):
-        super().__init__()
-        self.dropout = nn.Dropout(0.4)
-
-    def forward(self, x):
-        return self.head(self.dropout(F.relu(self.bn(self.conv(x))).mean((2, 3))))
-
-
-class ByHand(Student):
-    """The teacher is a float model with the same weights; the loss a graph of ordinary operations."""
-
-    divisor = 1.0
-
-    def __init__(self):
-        super().__init__()
-        self.twin = [Student()]  # in a list, so that it is no part of this module
-
-    def training_step(self, batch, batch_idx):
-        state = torch.get_rng_state()
-        student = self(batch[0])
-        after = torch.get_rng_state()
-        loss = F.cross_entropy(student, batch[1])
-        if not self.conv.weight_quantizer.quantizing or not torch.is_grad_enabled():
-            return loss
-        twin = self.twin[0].to(student.dtype).train()
-        twin.load_state_dict(lq.float_state_dict(self.state_dict()))
-        torch.set_rng_state(state)
-        with torch.no_grad():
-            teacher = twin(batch[0])
-        torch.set_rng_state(after)
-        return loss + WEIGHT / self.divisor * self.distance(student, teacher)
-
-    def distance(self, student, teacher):
-        told, wanted = F.log_softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
-        return F.kl_div(told, wanted, reduction="batchmean") * TEMPERATURE**2
-
-
-class ByHandMSE(ByHand):
-    def distance(self, student, teacher):
-        return F.mse_loss(student, teacher)
-
-
-def qat(start_step=0, bits=3):
-    config = lq.QATConfig("int8", bits=bits, start_step=start_step)
-    return lq.QuantizationAwareTraining(config, certify=False)
-
-
-def fit(tmp_path, module, *callbacks, rules=None, train=None, **options):
-    L.seed_everything(3, verbose=False)
-    run = trainer(tmp_path, [rules or qat(), *callbacks], **{"precision": "64-true", **options})
-    run.fit(module, train or loader())
-    return run
-
-
-def ours(**options):
-    return lq.SelfDistillation(WEIGHT, TEMPERATURE, **options)
-
-
-def state(module):
-    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    return {name: value.clone() for name, value in tensors.items()}
-
-
-def assert_same_training(one, other, rtol=1e-7, atol=1e-10):
-    mine, theirs = state(one), state(other)
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def same_bits(one, other):
-    mine, theirs = state(one), state(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
-
 
 OPTIONS = {
     "plain": {},
@@ -295,89 +225,12 @@ def test_a_backward_pass_that_is_run_twice_adds_it_once(tmp_path):
     assert_same_training(mine, by_hand)
 
 
-def stateful():
-    return StatefulDataLoader(data(24), batch_size=4, shuffle=True)
-
-
 def distilled():
     return [lq.SelfDistillation(WEIGHT), qat(2)]
 
 
 def test_it_resumes_exactly(tmp_path):
     assert_resume_exact(Student, stateful, distilled, (1, 3, 8), folder=tmp_path)
-
-
-class ByHandStart(ByHand):
-    """The teacher is a model with the weights that the fit began with, in evaluation mode."""
-
-    share = 1.0
-
-    def on_fit_start(self):  # before the ranges are calibrated
-        self.twin[0].double().eval().load_state_dict(lq.float_state_dict(self.state_dict()))
-
-    def training_step(self, batch, batch_idx):
-        student = self(batch[0])
-        with torch.no_grad():
-            teacher = self.twin[0](batch[0])
-        return self.share * F.cross_entropy(student, batch[1]) + WEIGHT * self.distance(student, teacher)
-
-
-class ByHandStartAlone(ByHandStart):
-    share = 0.0
-
-
-@pytest.mark.parametrize(("by_hand", "task_weight"), [(ByHandStart, 1.0), (ByHandStartAlone, 0.0)])
-def test_a_teacher_of_the_start(tmp_path, by_hand, task_weight):
-    wanted, mine, other = by_hand(), Student(), Student()
-    fit(tmp_path, wanted, max_epochs=2)
-    fit(tmp_path, mine, ours(teacher="start", task_weight=task_weight), max_epochs=2)
-    assert_same_training(wanted, mine)
-    fit(tmp_path, other, ours(task_weight=task_weight), max_epochs=2)
-    assert not torch.allclose(other.conv.weight, mine.conv.weight, rtol=1e-4)
-
-
-def test_a_second_fit_has_a_teacher_of_its_own(tmp_path):
-    callback, module = ours(teacher="start"), Student()
-    fit(tmp_path, module, callback)
-    before = state(module)["conv.weight"]
-    fit(tmp_path, module, callback, rules=qat())
-    assert torch.equal(callback.state_dict()["start"][""]["conv.weight"], before)
-    assert not torch.equal(module.conv.weight, before)
-
-
-def from_the_start():
-    return [lq.SelfDistillation(WEIGHT, teacher="start"), qat(2)]
-
-
-def test_with_a_teacher_of_the_start_it_resumes_exactly(tmp_path):
-    assert_resume_exact(Student, stateful, from_the_start, (1, 3, 8), folder=tmp_path)
-
-
-def test_a_teacher_of_the_start_leaves_what_it_swaps(tmp_path):
-    """A recurrent layer holds its parameters in a list of its own, and BatchNorm counts batches."""
-
-    class Recurrent(Student):
-        def __init__(self):
-            super().__init__()
-            self.rnn = nn.LSTM(8, 8, batch_first=True)
-
-        def forward(self, x):
-            return super().forward(x) + self.rnn(x.flatten(2)[:, :, :8])[0].mean()
-
-    module = Recurrent()
-    wanted = copy.deepcopy(module).eval()
-    lq.prepare(module, "int8")
-    kept, x = weights_of(module), torch.randn(2, *data(2)[0][0].shape)
-    with torch.no_grad():
-        for parameter in module.rnn.parameters():
-            parameter.mul_(3)
-        module.conv.weight.mul_(2)
-    before = state(module)
-    with as_teacher(module), with_weights(module, kept):
-        said = module.forward(x)
-    assert torch.equal(said, wanted(x))
-    assert module.training and all(part.training for part in module.modules())
-    assert all(torch.equal(value, before[name]) for name, value in state(module).items())
 
 
 class Plain(Classifier):
