@@ -181,6 +181,7 @@ class Engine:
         for segment, before in zip(course.segments, course.outside, strict=False):
             self._quantize_outside(before, segment.blocks[0].name, stages)
             self._quantize_segment(segment, stages)
+            return_freed_memory()  # of what was between its blocks
         self._quantize_outside(course.outside[-1], None, stages)
         if course.unreached:  # by the first batch, which is all that was watched
             late = _Stage("what the first batch did not reach", course.unreached, self._runs, False, None)
