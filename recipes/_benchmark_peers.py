@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.formats.export import export
 from lightning_qat.metrics import sqnr
+from lightning_qat.transforms import calibrate, convert, prepare
 
 #: A forward pass without gradients.
 Run = Callable[[Tensor], Tensor]
@@ -187,6 +189,13 @@ def _onnxruntime_static(model: nn.Module, samples: Tensor) -> Run:
         return _session(target)
 
 
+def _ours_in_onnxruntime(model: nn.Module, samples: Tensor) -> Run:
+    prepared = prepare(copy.deepcopy(model), "int8")
+    calibrate(prepared, [samples])
+    with tempfile.TemporaryDirectory() as folder:
+        return _session(export(convert(prepared.eval()), Path(folder) / "ours.onnx", "onnx", example=samples))
+
+
 def _exported(model: nn.Module, samples: Tensor, folder: Path) -> Path:
     path = folder / "float.onnx"
     torch.onnx.export(
@@ -219,9 +228,10 @@ def _session(path: Path) -> Run:
     # Its threads spin while it runs, but not on into the turn of the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
 
     def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        return torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
 
     return run
 
@@ -244,6 +254,7 @@ NETWORK_PEERS = (
     Peer("torch.ao FX", _torch_ao_fx),
     Peer("onnxruntime float32", _onnxruntime_float, _ONNXRUNTIME),
     Peer("onnxruntime int8, QDQ static", _onnxruntime_static, _ONNXRUNTIME),
+    Peer("onnxruntime int8, our file", _ours_in_onnxruntime, _ONNXRUNTIME),
 )
 
 #: Of one Linear in a Sequential.
