@@ -67,7 +67,7 @@ def write(folder):
 
 def memory(key):
     text = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1000 for line in text.splitlines() if line.startswith(key))
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in text.splitlines() if line.startswith(key))
 
 
 def quantized(network, batches, method="gptq", **arguments):
