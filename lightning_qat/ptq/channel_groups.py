@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -124,6 +124,15 @@ def _spares_channels(dims: int, dim: Any = None, keepdim: bool = False, **others
     return isinstance(chosen, (tuple, list)) and not others.keys() - {"input"} and all(d % dims > 1 for d in chosen)
 
 
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """Yield what containers and dataclasses hold; PyTorch takes most dataclasses for leaves."""
+    for leaf in tree_leaves(tree):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from leaves_of([getattr(leaf, part.name) for part in fields(leaf)])
+        else:
+            yield leaf
+
+
 class _Watch(TorchFunctionMode):
     """Follows channels, which are dimension 1, from what makes them to all that reads them."""
 
@@ -139,7 +148,10 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._inside or not self._followed or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if self._inside or not self._followed:
+            return result
+        # What returns no tensor asks for a shape or so; assigning to a part of one returns nothing.
+        if func is not Tensor.__setitem__ and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             return result
         given = [found for leaf in tree_leaves((args, kwargs)) if (found := self._of(leaf)) is not None]
         if given and not (isinstance(result, Tensor) and self._passes(func, args, kwargs, given, result)):
@@ -174,10 +186,16 @@ class _Watch(TorchFunctionMode):
 
     def fix(self, tree: Any) -> None:
         """See that something reads tensors that would notice if they were multiplied."""
-        for leaf in tree_leaves(tree):
+        for leaf in leaves_of(tree):
             channels = self._of(leaf)
             if channels is not None:
                 channels.fixed = True
+
+    def returned(self, output: Any) -> None:
+        """See that what a forward returns must stay: all there is, if that holds something that cannot be looked at."""
+        known = (Tensor, int, float, complex, str, type(None))
+        seen = all(isinstance(leaf, known) for leaf in leaves_of(output))
+        self.fix(output if seen else [tensor for tensor, _ in self._followed.values()])
 
     def begin(self) -> None:
         """Forget the tensors of the forward before."""
@@ -271,8 +289,8 @@ class ChannelWatch:
         self._model, self._watch = model, _Watch(model)
 
     @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Look at one forward pass, in evaluation mode."""
+    def forward(self) -> Iterator[Callable[[Any], None]]:
+        """Look at one forward pass, in evaluation mode; what is yielded is to be told what the pass returns."""
         watch = self._watch
         watch.begin()
         handles = []
@@ -280,10 +298,10 @@ class ChannelWatch:
             if isinstance(module, (QATLayer, _BatchNorm)):
                 handles.append(module.register_forward_pre_hook(watch.module_starts, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(watch.module_done, with_kwargs=True, always_call=True))
-        handles.append(self._model.register_forward_hook(lambda _module, _args, output: watch.fix(output)))
+        handles.append(self._model.register_forward_hook(lambda _module, _args, output: watch.returned(output)))
         try:
             with watch:
-                yield
+                yield watch.returned
         finally:
             for handle in handles:
                 handle.remove()

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
-from lightning_qat.ptq.channel_groups import ChannelGroup, ChannelWatch
+from lightning_qat.ptq.channel_groups import ChannelGroup, ChannelWatch, leaves_of
 from lightning_qat.ptq.channels import Slot, slot_of
 from lightning_qat.ptq.engine import as_calibrated
 from lightning_qat.ptq.equalizing_scales import (
@@ -122,8 +121,8 @@ def _watched(
     handles = [layer.register_forward_pre_hook(partial(seen.see, name)) for name, layer in qat_layers(model)]
     try:
         for batch in batches:
-            with watch.forward():
-                run(batch)
+            with watch.forward() as returned:
+                returned(run(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -219,6 +218,6 @@ def _apply(group: ChannelGroup, scales: Tensor) -> None:
 
 
 def _same(output: Any, before: Any) -> bool:
-    pairs = zip(tree_leaves(output), tree_leaves(before), strict=True)
+    pairs = zip(leaves_of(output), leaves_of(before), strict=True)
     tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
     return all(agree(a, b, _OUTPUT_UNITS) for a, b in tensors)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +115,18 @@ class Between(nn.Module):
         return self.between(self, x)
 
 
+@dataclass
+class Output:
+    made: Tensor
+    features: Tensor
+
+
+def assigned(x: Tensor) -> Tensor:
+    whole = torch.zeros(len(x), 8, *x.shape[2:])
+    whole[:, :4] = x
+    return whole
+
+
 CASES: dict[str, Callable[[Any, Tensor], Any]] = {
     "no homogeneous function": lambda m, x: m.last(torch.sigmoid(m.norm(m.conv(x)))),
     "a clamp below zero": lambda m, x: m.last(F.hardtanh(m.norm(m.conv(x)))),
@@ -122,6 +136,9 @@ CASES: dict[str, Callable[[Any, Tensor], Any]] = {
     "a mean over channels": lambda m, x: m.head(m.norm(m.conv(x[..., :4, :])).mean((1, 3))),
     "a product": lambda m, x: m.last(m.norm(m.conv(x)) * m.norm(m.conv(x))),
     "an output": lambda m, x: (m.last(h := m.norm(m.conv(x))), h),
+    "an output in a dataclass": lambda m, x: Output(m.last(h := m.norm(m.conv(x))), h),
+    "an output in some object": lambda m, x: SimpleNamespace(made=m.last(h := m.norm(m.conv(x))), features=h),
+    "assigned to a part of a tensor": lambda m, x: m.last(h := m.norm(m.conv(x))) + assigned(h).amax(),
     "a second reader": lambda m, x: m.last(h := m.norm(m.conv(x))) + h.amax(),
     "a layer that gets other inputs too": lambda m, x: m.last(m.norm(m.conv(x))) + m.last(x[:, [0, 1, 2, 0]]),
     "a clamp before a sum": lambda m, x: m.last(F.relu6(m.norm(m.conv(x))) + m.other(x)),

@@ -129,6 +129,17 @@ def test_a_model_that_computes_something_else_is_put_back(caplog: pytest.LogCapt
     assert all(torch.equal(a, b) for a, b in zip(floats(model, images()), before, strict=True))
 
 
+def test_what_only_a_forward_of_the_users_returns_stays() -> None:
+    def both(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = model.features(x)
+        return features, model.classifier(features.mean((2, 3)))
+
+    alone = equalize(lq.prepare(uneven(), INT8), images())
+    with_features = equalize(lq.prepare(uneven(), INT8), images(), both)
+    assert [group.sources for group in with_features] == [g.sources for g in alone if "classifier.1" not in g.readers]
+    assert len(with_features) < len(alone)
+
+
 def test_a_run_that_broke_off_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(folder: str) -> dict[str, Any]:
         made = lq.quantize_model(uneven(), INT8, images(), "gptq", options=EVEN, journal=tmp_path / folder)
