@@ -105,7 +105,15 @@ def quantize_model(
         notes = (*notes, _even_out(replica, calibration, forward, options))
     if not METHODS[chosen].needs_statistics:
         nearest = round_model(
-            replica, calibration, forward, observer, notes, verify=verify, convert=convert, stream=stream
+            replica,
+            calibration,
+            forward,
+            observer,
+            notes,
+            verify=verify,
+            convert=convert,
+            across_ranks=options is not None and options.across_ranks,
+            stream=stream,
         )
         own_parameters(nearest, original)
         return nearest

@@ -38,6 +38,7 @@ def round_model(
     *,
     verify: bool,
     convert: bool,
+    across_ranks: bool = False,
     stream: WeightStream | None = None,
 ) -> ModelT:
     """Round every weight of a prepared model to nearest; of the batches, activations get their ranges.
@@ -50,6 +51,7 @@ def round_model(
         notes: for the report.
         verify: see :func:`quantize_model`.
         convert: likewise.
+        across_ranks: every rank has batches of its own; ranges are those of all.
         stream: reads the weights of ``model``, which it does not have.
     """
     watch = Stopwatch()
@@ -57,9 +59,9 @@ def round_model(
     if batches is not None and stream is not None:
         blocks = find_blocks(model, dict(qat_layers(model)))
         with stream.lending([block.module for block in blocks]):
-            calibrate(model, batches, forward)
+            calibrate(model, batches, forward, across_ranks=across_ranks)
     elif batches is not None:
-        calibrate(model, batches, forward)
+        calibrate(model, batches, forward, across_ranks=across_ranks)
     elif waiting := [q for q in static_quantizers(model) if not q.calibrated]:
         raise ValueError(
             f"the inputs of {len(waiting)} layers, such as {waiting[0].name!r}, need calibrated ranges; give "
