@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
@@ -127,9 +128,10 @@ class WeightFiles:
             else:
                 parameters[id(parameter)] = (parameter, stored)
         found: dict[str, str] = {}
+        learned = _running_statistics(model)
         for name, buffer in buffers.items():
             stored = _renamed(name, prefixes)
-            if stored in self._stored or buffer.is_meta:
+            if stored in self._stored or buffer.is_meta or name in learned:
                 problem = self._problem(stored if stored in self._stored else None, name, buffer)
                 wrong += [problem] if problem else []
                 found[name] = stored
@@ -200,6 +202,12 @@ def _meta_parameters(model: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     saved = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _running_statistics(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that training fills, so that a new model's say nothing."""
+    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, _NormBase))
+    return {f"{name}.{end}" if name else end for name, _ in norms for end in ("running_mean", "running_var")}
 
 
 def _check_buffers(model: nn.Module, persistent: Iterable[str]) -> None:

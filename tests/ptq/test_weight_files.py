@@ -113,6 +113,21 @@ def test_a_buffer_that_no_file_holds_is_told(tmp_path: Path) -> None:
         lq.WeightFiles(tmp_path).match(model)
 
 
+def test_missing_running_statistics_are_told(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
+
+    state = make().state_dict()
+    with lq.without_weights():
+        model = make()
+    kept = {name: value for name, value in state.items() if name != "1.num_batches_tracked"}
+    save_file(kept, tmp_path / "model.safetensors")
+    assert sorted(lq.WeightFiles(tmp_path).match(model).buffers) == ["1.running_mean", "1.running_var"]
+    save_file({name: value for name, value in kept.items() if "mean" not in name}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="it has no '1.running_mean'"):
+        lq.WeightFiles(tmp_path).match(model)
+
+
 def _index(folder: Path, content: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(content if isinstance(content, str) else json.dumps(content))
 
