@@ -48,8 +48,9 @@ def choose_scale_zero_point(low: Tensor, high: Tensor, *, bits: int, symmetric: 
     if low.numel() == 1 and takes_pieces(low, high):
         one = _of_one_range(float(low), float(high), bits, symmetric)
         if one is not None:
-            scale = torch.full(low.shape, one[0], dtype=torch.float32)
-            return scale, None if symmetric else torch.full(low.shape, one[1], dtype=torch.int32)
+            scale = torch.full(low.shape, one[0], dtype=torch.float32, device="cpu")  # whatever the default device is
+            zero_point = None if symmetric else torch.full(low.shape, one[1], dtype=torch.int32, device="cpu")
+            return scale, zero_point
     if symmetric:
         return scale_of_absmax(torch.maximum(-low.to(torch.float32), high.to(torch.float32)), bits), None
     low = low.to(torch.float32).clamp(_FLOAT32.min, 0.0)

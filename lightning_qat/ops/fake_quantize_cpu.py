@@ -68,7 +68,7 @@ def _per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: 
     result.round_().clamp_(quant_min - zero, quant_max - zero)
     if zero_point is None:
         return result.mul_(step)
-    return torch.add(torch.zeros(()), result, alpha=step.item(), out=result)
+    return torch.add(torch.zeros((), device="cpu"), result, alpha=step.item(), out=result)
 
 
 def _per_row(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:

@@ -160,8 +160,9 @@ def learned_gradients(
 
 
 def full_float32(shape: torch.Size, value: float) -> Tensor:
-    """Return ``value`` as float32 in ``shape``; infinite where that has no such number."""
-    return torch.full(shape, math.copysign(math.inf, value) if abs(value) > _MOST else value, dtype=torch.float32)
+    """Return ``value`` as float32 in ``shape``, on the CPU; infinite where that has no such number."""
+    single = math.copysign(math.inf, value) if abs(value) > _MOST else value
+    return torch.full(shape, single, dtype=torch.float32, device="cpu")
 
 
 _MOST = torch.finfo(torch.float32).max

@@ -60,7 +60,7 @@ def scale_of(exponent: Tensor) -> Tensor:
     if exponent.numel() == 1 and takes_pieces(exponent):  # Python's numbers: single ones cost an operation its call
         pattern = int(exponent.item() * _MANTISSA) + _ONE if _LEAST <= exponent.item() <= _MOST else 0
         if pattern:
-            return torch.full(exponent.shape, _SINGLE.unpack(_PATTERN.pack(pattern))[0], dtype=torch.float32)
+            return full_float32(exponent.shape, _SINGLE.unpack(_PATTERN.pack(pattern))[0])
     return ((exponent * _MANTISSA).to(torch.int32) + _ONE).view(torch.float32)
 
 

@@ -105,3 +105,21 @@ def test_a_fixed_range_of_the_data_saves_the_gradient_of_the_first_layers_input(
     assert model[2].input_quantizer.learned.exponent.grad.any()
     assert [mask[0] for mask in watch.masks] == [True, learns]
     assert len(list(model[0].weight_quantizer.parameters())) == 1
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_model_on_the_cpu_trains_whatever_the_default_device_is(learnable, per_channel, symmetric):
+    torch.manual_seed(0)
+    config = {"learnable": learnable, "symmetric": symmetric}
+    weight = lq.QuantizationConfig("int8", per_channel=per_channel, **config)
+    plan = lq.QuantizationPlan([lq.LayerRule("*", weight, lq.QuantizationConfig("int8", **config))])
+    model, x = lq.prepare(nn.Linear(8, 4), plan), torch.randn(4, 8)
+    model(x)
+    model.zero_grad()
+    with torch.device("meta"):
+        values = model(x)
+        values.sum().backward()
+    assert values.device.type == "cpu"
+    assert all(p.grad is not None and p.grad.device.type == "cpu" for p in model.parameters())
