@@ -91,8 +91,9 @@ class QATLayer(_Adopting):
         return [p for p in self.parameters() if id(p) not in quantizers and p is not self._parameters.get("bias")]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A float weight multiplies the input as it comes.
-        if f"{prefix}weight" in state_dict and not any(k.startswith(f"{prefix}weight_quantizer.") for k in state_dict):
+        # A weight that comes without an arrangement multiplies the input as it comes.
+        arranges = any(f"{prefix}weight_quantizer.{name}" in state_dict for name in ARRANGEMENT)
+        if f"{prefix}weight" in state_dict and not arranges:
             self.weight_quantizer.arrange_input(None, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

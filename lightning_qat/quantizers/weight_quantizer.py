@@ -76,7 +76,8 @@ class WeightQuantizer(FakeQuantizer):
         self.feeds_one_layer = state.get("feeds_one_layer", False)  # checkpoints before it existed
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if any(key.startswith(prefix) for key in state_dict):
+        # Some tensors alone, such as learned scales, say nothing of the arrangement.
+        if any(prefix + name in state_dict for name in (*ARRANGEMENT, "_extra_state")):
             for name in ARRANGEMENT:
                 tensor = state_dict.get(prefix + name)
                 self._buffers[name] = None if tensor is None else torch.empty_like(tensor, device=self.scale.device)

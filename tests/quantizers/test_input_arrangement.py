@@ -141,3 +141,14 @@ def test_gradients_go_straight_through_and_the_scale_stays() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     optimizer.step()
     assert torch.equal(layer.weight_quantizer.input_factor, before)
+
+
+def test_some_tensors_of_a_checkpoint_alone_leave_it_and_a_weight_without_it_takes_it_away() -> None:
+    model, batches = with_arrangement("int8_dynamic")
+    expected, scale = model(batches[0]), "second.weight_quantizer.scale"
+    model.load_state_dict({scale: model.state_dict()[scale]}, strict=False)
+    assert torch.equal(model(batches[0]), expected)
+    plain = lq.prepare(Net(), "int8_dynamic").eval()
+    tensors = {name: value for name, value in plain.state_dict().items() if isinstance(value, Tensor)}
+    model.load_state_dict(tensors, strict=False)
+    assert torch.equal(model(batches[0]), plain(batches[0]))
