@@ -72,12 +72,22 @@ def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]
     """Let ``model`` have ``weights`` of :func:`weights_of` inside, on their devices, and be in evaluation mode.
 
     Parameters stay the objects that they are: whoever holds one, as recurrent layers do, computes with its data.
+
+    Raises:
+        ValueError: ``model`` has a parameter or buffer that ``weights`` lacks.
     """
     parts = [(part, part.training) for part in model.modules()]
     kept = [(tensor, tensor.data) for _, tensor in _float_tensors(model)]
+    new = [name for name, _ in _float_tensors(model) if name not in weights]
+    if new:
+        raise ValueError(
+            f"{new[0]!r} has come to {type(model).__name__} since the teacher's weights were kept; begin training with "
+            "all parameters and buffers, or use teacher='now'"
+        )
     try:
         for name, tensor in _float_tensors(model):
-            tensor.data = weights[name]
+            # A forward pass may write to buffers.
+            tensor.data = weights[name] if isinstance(tensor, nn.Parameter) else weights[name].clone()
         for part, _ in parts:
             part.training = False
         yield

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_qat as lq
-from lightning_qat.transforms.distillation import as_teacher, distillation_gradient
+from lightning_qat.transforms.distillation import as_teacher, distillation_gradient, weights_of, with_weights
 
 
 class Student(Classifier):
@@ -89,3 +89,37 @@ def test_the_gradient_is_autograds(loss, shape):
     if len(shape) == 3 and loss == "kl":
         moved = distillation_gradient(student.movedim(-1, 1), teacher.movedim(-1, 1), loss, 2.5, class_dim=1)
         torch.testing.assert_close(moved[1].movedim(1, -1), gradient)
+
+
+class Counts(nn.Module):
+    """Writes to a buffer, in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.head(x) * self.calls
+
+
+def test_kept_weights_and_buffers_stay_as_they_were():
+    model, x = lq.prepare(Counts(), "int8_dynamic"), torch.randn(3, 4)
+    weights = weights_of(model)
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    with as_teacher(model), with_weights(model, weights):
+        first = model(x)
+    with as_teacher(model), with_weights(model, weights):
+        assert torch.equal(model(x), first)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in before.items())
+    assert not model.calls
+
+
+def test_what_came_since_the_weights_were_kept_is_named():
+    model = lq.prepare(Counts(), "int8_dynamic")
+    weights, training = weights_of(model), model.training
+    model.head.register_buffer("mask", torch.ones(2))
+    with pytest.raises(ValueError, match=r"'head.mask' has come to Counts"), with_weights(model, weights):
+        pass
+    assert model.training is training
