@@ -139,7 +139,10 @@ class SelfDistillation(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(layers=self.layers, output=self.output)  # there may be several of these
+        # There may be several of these, also of one output. Without a state nothing is lost by another key.
+        more = {"temperature": self.temperature} if self.teacher == "now" else {}
+        own = {"teacher": self.teacher, "loss": self.loss, "class_dim": self.class_dim, **more}
+        return self._generate_state_key(layers=self.layers, output=self.output, **own)
 
     def state_dict(self) -> dict[str, Any]:
         return {"start": self._start} if self._start else {}

@@ -323,3 +323,12 @@ def test_forwards_that_cannot_be_run_twice_are_told(tmp_path):
         fit(tmp_path, Checkpointed(), ours(layers="conv", loss="mse"))
     with pytest.raises(RuntimeError, match="the forward of InPlace changes its input in place"):
         fit(tmp_path, InPlace(), ours())
+
+
+@pytest.mark.parametrize("other", [{"loss": "mse"}, {"temperature": 2.0}, {"teacher": "start"}, {"class_dim": 1}])
+def test_one_output_may_be_distilled_twice(other):
+    first, second = lq.SelfDistillation(), lq.SelfDistillation(**other)
+    L.Trainer(callbacks=[first, second], logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert first.state_key != second.state_key
+    resumed = {"weight": 2.0, "task_weight": 0.5, **({"temperature": 3.0} if "teacher" in other else {})}
+    assert lq.SelfDistillation(**{**other, **resumed}).state_key == second.state_key
