@@ -87,6 +87,17 @@ def tokens(batches=4, size=2, length=9):
     return [torch.randint(WORDS, (size, length), generator=generator) for _ in range(batches)]
 
 
+def inputs_of(model, name):
+    """Return what a layer is called with over the batches of :func:`tokens`, ``[rows, features]``."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in tokens():
+            model(batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
 class Experts(nn.Module):
     """Each row goes to one of four experts; those of one batch of ``some_rows`` to the same."""
 

@@ -25,7 +25,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_qat.ptq.channel_groups import ChannelGroup, ChannelWatch, leaves_of
 from lightning_qat.ptq.channels import Slot, slot_of
-from lightning_qat.ptq.engine import as_calibrated
 from lightning_qat.ptq.equalizing_scales import (
     ChannelRange,
     EqualizationOptions,
@@ -36,7 +35,7 @@ from lightning_qat.ptq.equalizing_scales import (
     output_power,
 )
 from lightning_qat.ptq.probing import agree
-from lightning_qat.ptq.watch import of_every_rank
+from lightning_qat.ptq.watch import as_calibrated, of_every_rank
 from lightning_qat.schemes import IntegerScheme
 from lightning_qat.transforms.calibrate import _call
 from lightning_qat.transforms.phase import float_forward

@@ -58,9 +58,9 @@ def scale_of(exponent: Tensor) -> Tensor:
     """Return the scales, float32, that ``exponent`` stands for; the same bits on every device."""
     exponent = exponent.detach()
     if exponent.numel() == 1 and takes_pieces(exponent):  # Python's numbers: single ones cost an operation its call
-        pattern = int(exponent.item() * _MANTISSA) + _ONE if _LEAST <= exponent.item() <= _MOST else 0
-        if pattern:
-            return full_float32(exponent.shape, _SINGLE.unpack(_PATTERN.pack(pattern))[0])
+        value = exponent.item()
+        if _LEAST <= value <= _MOST:
+            return full_float32(exponent.shape, _SINGLE.unpack(_PATTERN.pack(int(value * _MANTISSA) + _ONE))[0])
     return ((exponent * _MANTISSA).to(torch.int32) + _ONE).view(torch.float32)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptq_models import Bert, Llama, ViT, built, images, tokens
+from ptq_models import Bert, Llama, ViT, built, images, inputs_of, tokens
 from torch import Tensor, nn
 
 import lightning_qat as lq
@@ -21,17 +21,6 @@ OFF = lq.PTQOptions(awq=AWQOptions(keep_scales=False), smoothing=SmoothingOption
 
 def quantized(method: str, plan: object = INT4, model: nn.Module | None = None, **arguments: object) -> nn.Module:
     return lq.quantize_model(model or built(Bert), plan, tokens(), method, **arguments)
-
-
-def inputs_of(model: nn.Module, name: str) -> Tensor:
-    """Return what a layer is called with, over all batches."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        for batch in tokens():
-            model(batch)
-    handle.remove()
-    return torch.cat(seen)
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptq_models import Bert, Llama, built, tokens
+from ptq_models import Bert, Llama, built, inputs_of, tokens
 from torch import nn
 
 import lightning_qat as lq
@@ -20,16 +20,6 @@ PLAN = lq.QuantizationPlan([lq.LayerRule("layers.*", CONFIG)])
 OPTIONS = lq.PTQOptions(gptq=GPTQOptions.published(static_groups=False))
 
 
-def first_input(model: nn.Module, name: str) -> torch.Tensor:
-    seen: list[torch.Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        for batch in tokens():
-            model(batch)
-    handle.remove()
-    return torch.cat(seen)
-
-
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
 def test_a_model_holds_what_the_algorithm_chose(method: str) -> None:
     model = built(Bert)
@@ -37,7 +27,7 @@ def test_a_model_holds_what_the_algorithm_chose(method: str) -> None:
     report = lq.parity_report(made)
     assert report is not None
     assert report.passed
-    layer, x = made.layers[0].up, first_input(model, "layers.0.up")
+    layer, x = made.layers[0].up, inputs_of(model, "layers.0.up")
     assert torch.equal(layer.input_order.sort().values, torch.arange(16))
     factor = torch.ones(16) if layer.input_factor is None else layer.input_factor
     if method == "awq+gptq":
@@ -55,7 +45,7 @@ def test_a_model_holds_what_the_algorithm_chose(method: str) -> None:
 
 def test_the_single_tensor_is_the_same() -> None:
     model = built(Bert)
-    x, weight = first_input(model, "layers.0.up"), model.layers[0].up.weight.detach()
+    x, weight = inputs_of(model, "layers.0.up"), model.layers[0].up.weight.detach()
     made = lq.quantize_model(model, PLAN, tokens(), "gptq", options=OPTIONS)
     quantizer = lq.GPTQQuantizer(CONFIG, OPTIONS.gptq)
     tensor = quantizer.quantize(weight, x.t() @ x)

@@ -4,28 +4,11 @@ import random
 
 import pytest
 import torch
-from classifier import Classifier
+from distilled import Student, state
 from torch import nn
-from torch.nn import functional as F
 
 import lightning_qat as lq
 from lightning_qat.transforms.distillation import as_teacher, distillation_gradient, weights_of, with_weights
-
-
-class Student(Classifier):
-    """With dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.dropout = nn.Dropout(0.4)
-
-    def forward(self, x):
-        return self.head(self.dropout(F.relu(self.bn(self.conv(x))).mean((2, 3))))
-
-
-def state(module):
-    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    return {name: value.clone() for name, value in tensors.items()}
 
 
 def test_the_teacher_is_the_float_model():
