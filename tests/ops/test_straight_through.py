@@ -9,7 +9,7 @@ import lightning_qat as lq
 from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.fake_quantize import reference_fake_quantize_backward
 from lightning_qat.ops.fake_quantize_cpu import fake_quantize_cpu
-from lightning_qat.ops.straight_through import _by_products, learned_gradients
+from lightning_qat.ops.straight_through import _by_products, fake_quantize_through, grid_for, learned_gradients
 
 
 def problem(shape, zero_point, scales=1):
@@ -123,3 +123,16 @@ def test_a_model_on_the_cpu_trains_whatever_the_default_device_is(learnable, per
         values.sum().backward()
     assert values.device.type == "cpu"
     assert all(p.grad is not None and p.grad.device.type == "cpu" for p in model.parameters())
+
+
+def test_a_second_derivative_is_refused_and_not_taken_for_zero():
+    x = torch.randn(8, requires_grad=True)
+    y = fake_quantize_through(x, torch.tensor(0.1), None, -127, 127, -1, 0)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+def test_a_scale_elsewhere_than_its_tensor_is_told():
+    with pytest.raises(ValueError, match="scale is on meta and x on cpu"):
+        grid_for(torch.ones(4), torch.ones((), device="meta"), 8, True, None, None)
