@@ -16,6 +16,7 @@ MOST_LINES = 400
 LAYERS = [
     "validation",
     "config",
+    "native",
     "kernels",
     "ops",
     "schemes",
@@ -33,6 +34,7 @@ PEERS = {"torchao", "onnxruntime", "bitsandbytes", "triton", "gptqmodel"}
 THIRD_PARTY = {
     "validation": set(),
     "config": {"torch"},
+    "native": {"torch"},
     "kernels": {"torch", "triton"},
     "ops": {"torch"},
     "schemes": {"torch"},

@@ -1,0 +1,93 @@
+"""Load compiled families and call their functions with tensors' addresses."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lightning_qat.native.build import BuildError, compiled_library
+
+_LOG = logging.getLogger(__name__)
+
+#: Letters of a signature: an address, integers of 64 and 32 bits, floats of 32 and 64.
+_TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float, "d": ctypes.c_double}
+
+#: Elements that are worth another thread: handing work over costs some 5 microseconds.
+GRAIN = 16_384
+
+
+class _Switch(threading.local):
+    """Whether compiled kernels may be used by this thread, for tests and comparisons."""
+
+    off = os.environ.get("LIGHTNING_QAT_NATIVE", "1").strip().lower() in ("0", "false", "off")
+
+
+_SWITCH = _Switch()
+
+
+@contextlib.contextmanager
+def without_native() -> Iterator[None]:
+    """Take every op's PyTorch path on this thread."""
+    before, _SWITCH.off = _SWITCH.off, True
+    try:
+        yield
+    finally:
+        _SWITCH.off = before
+
+
+#: Registry of name -> family.
+FAMILIES: dict[str, Family] = {}
+
+
+class Family:
+    """The functions of one source file, compiled and loaded when first asked for.
+
+    Args:
+        name: of the source file.
+        signatures: name of each function -> letters of its arguments, see ``_TYPES``; all return nothing.
+    """
+
+    def __init__(self, name: str, signatures: dict[str, str]) -> None:
+        self.name = name
+        self.signatures = signatures
+        self._functions: Any = None
+        self._lock = threading.Lock()
+        #: Why there are no functions, where that is known.
+        self.reason: str | None = None
+        FAMILIES[name] = self
+
+    def functions(self) -> Any:
+        """Return an object with the functions as attributes, or None where there are none to use."""
+        if _SWITCH.off:
+            return None
+        if self._functions is None and self.reason is None:
+            self._load()
+        return self._functions
+
+    def _load(self) -> None:
+        with self._lock:
+            if self._functions is not None or self.reason is not None:
+                return
+            try:
+                library = ctypes.CDLL(str(compiled_library(self.name)))
+            except (BuildError, OSError) as error:
+                self.reason = str(error)
+                _LOG.info("CPU kernels %r are not used, PyTorch's operations are: %s", self.name, error)
+                return
+            for name, letters in self.signatures.items():
+                function = getattr(library, name)
+                function.argtypes = [_TYPES[letter] for letter in letters]
+                function.restype = None
+            self._functions = library
+
+
+def threads_for(elements: int) -> int:
+    """Return how many of PyTorch's threads go over so many elements."""
+    return max(1, min(torch.get_num_threads(), elements // GRAIN))
