@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qat.native import gptq as native
 from lightning_qat.ops.gptq import nearest_level
 from lightning_qat.ops.gptq_cpu import walk
 
@@ -85,7 +86,10 @@ def descend_block_cpu(
     values: Tensor | None,
     thresholds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition up to rounding, as :func:`lightning_qat.ops.gptq_cpu.gptq_block_cpu`."""
+    """The definition, or up to rounding, as :func:`lightning_qat.ops.gptq_cpu.gptq_block_cpu`."""
+    done = native.descend_block(products, current, hessian, step, zero, low, high, values, thresholds)
+    if done is not None:
+        return done
     if products.dtype != torch.float32 or not products.numel():
         return reference_descend_block(products, current, hessian, step, zero, low, high, values, thresholds)
     left, changes, scratch = products.clone(), torch.empty_like(products), torch.empty_like(products[0])

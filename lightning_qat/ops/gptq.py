@@ -3,8 +3,9 @@
 The loss ``tr((W - Q) H (W - Q)^T)`` has rows that are independent of each other once the upper factor ``U`` of
 ``H^-1 = U^T U`` is known. Column ``j`` is rounded to ``q``; with ``e = (w_j - q) / U_jj`` every column ``k`` after it
 becomes ``w_k - U_jk e``. Within a block of columns that happens one by one (:func:`reference_gptq_block`, the
-definition, in plain PyTorch for every device); all columns after the block follow in one product. The kernel for CUDA
-equals the definition bit for bit, the one for the CPU up to the order of summation.
+definition, in plain PyTorch for every device); all columns after the block follow in one product. The kernels for
+CUDA and, compiled, for the CPU equal the definition bit for bit; where nothing is compiled, the one for the CPU does up
+to the order of summation.
 
 Everything here is transposed: a row of a tensor is a column of the weight, so that what belongs together lies together.
 

@@ -1,6 +1,7 @@
-"""A block of GPTQ on the CPU: few calls for each column, and products where the definition has single columns.
+"""A block of GPTQ on the CPU: compiled, or few calls for each column and products where the definition has single ones.
 
-Equal to :func:`lightning_qat.ops.gptq.reference_gptq_block` up to the order of summation.
+Compiled it has the bits of :func:`lightning_qat.ops.gptq.reference_gptq_block`; otherwise it is equal to that up to the
+order of summation.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_qat.native import gptq as native
 from lightning_qat.ops.gptq import gptq_block_op, nearest_level, reference_gptq_block
 
 #: Columns that take up the errors before them one by one; all others of the block follow in one product.
@@ -27,6 +29,9 @@ def gptq_block_cpu(
     thresholds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, with each column's updates taken together when it is reached."""
+    done = native.gptq_block(columns, factor, step, zero, low, high, values, thresholds)
+    if done is not None:
+        return done
     if columns.dtype != torch.float32 or not columns.numel():
         return reference_gptq_block(columns, factor, step, zero, low, high, values, thresholds)
     if values is not None:

@@ -1,0 +1,75 @@
+"""Blocks of columns of GPTQ and of coordinate descent, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_qat.native.library import Family, threads_for
+
+_FAMILY = Family("gptq", {"gptq_block": "ppppffppqqqpppi", "descend_block": "pppppffppqqqpppi"})
+
+#: Rows that walk through a block together, each with its errors in scratch memory.
+_LANES = 64
+
+
+def gptq_block(
+    columns: Tensor,
+    factor: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    low: int,
+    high: int,
+    values: Tensor | None,
+    thresholds: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return what ``ops.gptq.reference_gptq_block`` does, with its bits; None where there is no kernel."""
+    return _walked("gptq_block", (columns, factor, step), zero, low, high, values, thresholds)
+
+
+def descend_block(
+    products: Tensor,
+    current: Tensor,
+    hessian: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    low: int,
+    high: int,
+    values: Tensor | None,
+    thresholds: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return what ``ops.coordinate_descent.reference_descend_block`` does, with its bits, or None likewise."""
+    return _walked("descend_block", (products, current, hessian, step), zero, low, high, values, thresholds)
+
+
+def _walked(
+    name: str,
+    tensors: tuple[Tensor, ...],
+    zero: Tensor | None,
+    low: int,
+    high: int,
+    values: Tensor | None,
+    thresholds: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    optional = (zero, values, thresholds)
+    given = [*tensors, *(tensor for tensor in optional if tensor is not None)]
+    functions = _FAMILY.functions()
+    if functions is None or any(tensor.dtype != torch.float32 or not tensor.numel() for tensor in given):
+        return None
+    count, rows = tensors[0].shape
+    codes = torch.empty((count, rows), dtype=torch.int16, device="cpu")
+    errors = torch.empty((count, rows), dtype=torch.float32, device="cpu")
+    threads = threads_for(count * rows)
+    scratch = torch.empty(threads * count * _LANES, dtype=torch.float32, device="cpu")
+    lying = [tensor.contiguous() for tensor in tensors]
+    at_zero, table, bounds = (None if tensor is None else tensor.contiguous() for tensor in optional)
+    getattr(functions, name)(
+        *(tensor.data_ptr() for tensor in lying), _address(at_zero), low, high, _address(table), _address(bounds),
+        0 if table is None else len(table), count, rows, codes.data_ptr(), errors.data_ptr(), scratch.data_ptr(),
+        threads,
+    )  # fmt: skip
+    return codes, errors
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
