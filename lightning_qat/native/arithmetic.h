@@ -9,7 +9,6 @@ namespace qat {
 
 // Halves go to the even neighbour, as torch.round.
 inline float round_even(float x) { return __builtin_rintf(x); }
-inline double round_even(double x) { return __builtin_rint(x); }
 
 // NaN stays NaN, as in torch.clamp: both comparisons are false.
 inline float clamp(float x, float low, float high) {
@@ -17,23 +16,50 @@ inline float clamp(float x, float low, float high) {
   return x > high ? high : x;
 }
 
-// A bfloat16 is the upper half of a float32.
-inline float from_bfloat16(uint16_t bits) {
-  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+// bfloat16 as its bits: the upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+
+inline float load(BFloat16 x) {
+  const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
   float value;
   std::memcpy(&value, &wide, 4);
   return value;
 }
 
-// Rounds to nearest, halves to even; a NaN becomes the NaN that PyTorch makes.
-inline uint16_t to_bfloat16(float value) {
+inline void store(float& to, float value) { to = value; }
+
+// Rounds to nearest, halves to even.
+inline void store(BFloat16& to, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return value != value ? uint16_t{0x7fc0} : static_cast<uint16_t>(rounded);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = value != value ? uint16_t{0x7fc0} : static_cast<uint16_t>(rounded);
 }
 
-// Share `part` of `parts` of `count` pieces of work: [begin, end).
+// Stores 0 or the value as it is. Wide numbers let the compiler vectorize the choice.
+inline void store_unless(bool zero, float& to, float value) { to = zero ? 0.0f : value; }
+inline void store_unless(bool zero, BFloat16& to, BFloat16 value) {
+  to.bits = static_cast<uint16_t>(zero ? 0u : static_cast<uint32_t>(value.bits));
+}
+
+// The compiler has float16 on x86 with SSE2 and on 64-bit ARM: HALVES is defined where kernels for it are made.
+#if defined(__FLT16_MANT_DIG__)
+#define HALVES 1
+inline float load(_Float16 x) { return static_cast<float>(x); }
+inline void store(_Float16& to, float value) { to = static_cast<_Float16>(value); }
+inline void store_unless(bool zero, _Float16& to, _Float16 value) {
+  uint16_t bits;
+  std::memcpy(&bits, &value, 2);
+  const uint16_t kept = static_cast<uint16_t>(zero ? 0u : static_cast<uint32_t>(bits));
+  std::memcpy(&to, &kept, 2);
+}
+#endif
+
+// Share `part` of `parts` of `count` pieces of work begins here.
 inline int64_t share(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 
 }  // namespace qat

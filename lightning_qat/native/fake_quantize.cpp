@@ -1,38 +1,221 @@
-// Fake quantization of float32: one pass over memory, with the bits of the definition in ops/fake_quantize.py.
-#include "arithmetic.h"
+// Fake quantization, its gradients and the extremes of what it reads: one pass over memory each, with the bits of the
+// definitions in ops/fake_quantize.py. Sums are of fixed pieces in float64, so that they do not depend on the threads.
+#include "fake_quantize.h"
 
-using qat::clamp;
-using qat::round_even;
-using qat::share;
+using namespace qat;
 
 namespace {
 
-struct Grid {
-  float scale, zero, low, high;  // the code of 0.0, and the end codes
-};
+constexpr int kLanes = 16;
+// Terms are summed in float32 over this many in each lane at most, and from there in float64.
+constexpr int64_t kRun = 64 * kLanes;
+// Elements of a piece of a sum over a tensor with one scale.
+constexpr int64_t kPiece = 16384;
 
-// Without a zero point a -0.0 stays one; adding 0.0 would lose it.
-template <bool kZero>
-inline float on_grid(float x, const Grid& grid) {
-  float code = round_even(x / grid.scale);
-  if (kZero) code = clamp(code + grid.zero, grid.low, grid.high) - grid.zero;
-  else code = clamp(code, grid.low, grid.high);
-  return code * grid.scale;
+template <bool kZero, typename T>
+void quantize_run(const T* __restrict x, T* __restrict y, int64_t count, const Grid grid) {
+  for (int64_t i = 0; i < count; ++i) store(y[i], code_of<kZero>(load(x[i]), grid) * grid.scale);
 }
 
-template <bool kZero>
-void run(const float* x, float* y, int64_t count, const Grid& grid) {
-  for (int64_t i = 0; i < count; ++i) y[i] = on_grid<kZero>(x[i], grid);
+// In which every element has the scale of its column.
+template <bool kZero, typename T>
+void quantize_columns(const T* x, T* y, int64_t rows, int64_t columns, const Parameters& all) {
+  Grid grids[kLanes];
+  for (int64_t start = 0; start < columns; start += kLanes) {
+    const int64_t width = columns - start < kLanes ? columns - start : kLanes;
+    for (int64_t j = 0; j < width; ++j) grids[j] = all.at(start + j);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * columns + start;
+      for (int64_t j = 0; j < width; ++j) {
+        store(y[at + j], code_of<kZero>(load(x[at + j]), grids[j]) * grids[j].scale);
+      }
+    }
+  }
+}
+
+template <bool kZero, typename T>
+void quantize(const T* x, T* y, int64_t outer, int64_t channels, int64_t inner, const Parameters& all, int32_t threads) {
+  const int64_t count = outer * channels * inner;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int32_t part = 0; part < threads; ++part) {
+    if (inner == 1 && channels > 1) {
+      const int64_t first = share(outer, part, threads), last = share(outer, part + 1, threads);
+      quantize_columns<kZero>(x + first * channels, y + first * channels, last - first, channels, all);
+    } else {
+      walk(share(count, part, threads), share(count, part + 1, threads), channels, inner,
+           [&](int64_t b, int64_t e, int64_t c) { quantize_run<kZero>(x + b, y + b, e - b, all.at(c)); });
+    }
+  }
+}
+
+template <typename T>
+void input_gradient_run(const T* __restrict grad, const T* __restrict x, T* __restrict to, int64_t count, Grid grid) {
+  for (int64_t i = 0; i < count; ++i) store_unless(outside(load(x[i]), grid), to[i], grad[i]);
+}
+
+template <typename T>
+void input_gradient(const T* grad, const T* x, T* to, int64_t outer, int64_t channels, int64_t inner,
+                    const Parameters& all, int32_t threads) {
+  const int64_t count = outer * channels * inner;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int32_t part = 0; part < threads; ++part) {
+    walk(share(count, part, threads), share(count, part + 1, threads), channels, inner,
+         [&](int64_t b, int64_t e, int64_t c) { input_gradient_run(grad + b, x + b, to + b, e - b, all.at(c)); });
+  }
+}
+
+struct Sums {
+  double scale, zero;
+};
+
+// LSQ's and LSQ+'s terms of up to kRun elements, and the gradient of x where `to` is given.
+template <bool kZero, bool kWrites, typename T>
+void learn_run(const T* __restrict grad, const T* __restrict x, T* __restrict to, int64_t count, Grid grid, Sums& sums) {
+  float of_scale[kLanes] = {}, of_zero[kLanes] = {};
+  auto lane = [&](int64_t i, int j) {
+    const float value = load(x[i]), g = load(grad[i]);
+    const float ratio = value / grid.scale;
+    float code = round_even(ratio);
+    code = kZero ? clamp(code + grid.zero, grid.first, grid.last) - grid.zero : clamp(code, grid.first, grid.last);
+    const bool out = outside(value, grid);
+    of_scale[j] += g * (out ? code : code - ratio);
+    if (kZero) of_zero[j] += out ? -grid.scale * g : 0.0f;
+    if (kWrites) store_unless(out, to[i], grad[i]);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lane(i + j, j);
+  }
+  for (int j = 0; i < count; ++i, ++j) lane(i, j);
+  for (int j = 0; j < kLanes; ++j) {
+    sums.scale += of_scale[j];
+    sums.zero += of_zero[j];
+  }
+}
+
+template <bool kZero, typename T>
+Sums learn_runs(const T* grad, const T* x, T* to, int64_t begin, int64_t end, const Grid& grid) {
+  Sums sums{0.0, 0.0};
+  for (; begin < end; begin += kRun) {
+    const int64_t count = end - begin < kRun ? end - begin : kRun;
+    if (to) learn_run<kZero, true>(grad + begin, x + begin, to + begin, count, grid, sums);
+    else learn_run<kZero, false>(grad + begin, x + begin, to, count, grid, sums);
+  }
+  return sums;
+}
+
+// `sums` has two numbers for each row, [outer * channels, 2]; a single row has them for each kPiece of its elements.
+template <bool kZero, typename T>
+void learn(const T* grad, const T* x, T* to, int64_t rows, int64_t channels, int64_t inner, const Parameters& all,
+           Sums* sums, int32_t threads) {
+  const bool single = rows == 1;
+  const int64_t length = single ? kPiece : inner, count = rows * inner;
+  const int64_t pieces = single ? (inner + kPiece - 1) / kPiece : rows;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t begin = piece * length, end = begin + length < count ? begin + length : count;
+    sums[piece] = learn_runs<kZero>(grad, x, to, begin, end, all.at(single ? 0 : piece % channels));
+  }
+}
+
+struct Extremes {
+  float low, high;
+  bool has_nan;
+};
+
+template <bool kQuantizes, bool kZero, typename T>
+Extremes observe_run(const T* __restrict x, T* __restrict y, int64_t count, const Grid grid) {
+  float low[kLanes], high[kLanes];
+  int32_t bad[kLanes] = {};
+  for (int j = 0; j < kLanes; ++j) {
+    low[j] = INFINITY;
+    high[j] = -INFINITY;
+  }
+  auto lane = [&](int64_t i, int j) {
+    const float value = load(x[i]);
+    low[j] = value < low[j] ? value : low[j];
+    high[j] = value > high[j] ? value : high[j];
+    bad[j] |= value != value;
+    if (kQuantizes) store(y[i], code_of<kZero>(value, grid) * grid.scale);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lane(i + j, j);
+  }
+  for (int j = 0; i < count; ++i, ++j) lane(i, j);
+  Extremes all{low[0], high[0], bad[0] != 0};
+  for (int j = 1; j < kLanes; ++j) {
+    all.low = low[j] < all.low ? low[j] : all.low;
+    all.high = high[j] > all.high ? high[j] : all.high;
+    all.has_nan |= bad[j] != 0;
+  }
+  return all;
+}
+
+inline void write(const Extremes& found, float& low, float& high) {
+  low = found.has_nan ? NAN : found.low;
+  high = found.has_nan ? NAN : found.high;
+}
+
+// `bounds` has a pair for each thread.
+template <bool kQuantizes, bool kZero, typename T>
+void observe(const T* x, T* y, int64_t count, const Grid& grid, float* bounds, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int32_t part = 0; part < threads; ++part) {
+    const int64_t begin = share(count, part, threads), end = share(count, part + 1, threads);
+    const Extremes found = observe_run<kQuantizes, kZero>(x + begin, y + (kQuantizes ? begin : 0), end - begin, grid);
+    write(found, bounds[2 * part], bounds[2 * part + 1]);
+  }
+  for (int32_t part = 1; part < threads; ++part) {
+    const float low = bounds[2 * part], high = bounds[2 * part + 1];
+    if (low != low || low < bounds[0]) bounds[0] = low;
+    if (high != high || high > bounds[1]) bounds[1] = high;
+    if (bounds[0] != bounds[0] || bounds[1] != bounds[1]) bounds[0] = bounds[1] = NAN;
+  }
+}
+
+template <typename T>
+void row_extremes(const T* x, int64_t rows, int64_t columns, float* low, float* high, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    write(observe_run<false, false>(x + row * columns, static_cast<T*>(nullptr), columns, Grid{}), low[row], high[row]);
+  }
 }
 
 }  // namespace
 
-extern "C" void fake_quantize_tensor(const float* x, float* y, int64_t count, float scale, float zero, int32_t has_zero,
-                                     float low, float high, int32_t threads) {
-  const Grid grid{scale, zero, low, high};
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int32_t part = 0; part < threads; ++part) {
-    const int64_t begin = share(count, part, threads), end = share(count, part + 1, threads);
-    (has_zero ? run<true> : run<false>)(x + begin, y + begin, end - begin, grid);
+#define FAMILY(NAME, T)                                                                                               \
+  extern "C" void quantize_##NAME(const T* x, T* y, int64_t outer, int64_t channels, int64_t inner,                  \
+                                  const float* scale, const void* zero, int32_t kind, float first, float last,       \
+                                  int32_t threads) {                                                                 \
+    const Parameters all{scale, zero, kind, first, last};                                                            \
+    (kind ? quantize<true, T> : quantize<false, T>)(x, y, outer, channels, inner, all, threads);                     \
+  }                                                                                                                  \
+  extern "C" void input_gradient_##NAME(const T* grad, const T* x, T* to, int64_t outer, int64_t channels,           \
+                                        int64_t inner, const float* scale, const void* zero, int32_t kind,           \
+                                        float first, float last, int32_t threads) {                                  \
+    input_gradient<T>(grad, x, to, outer, channels, inner, Parameters{scale, zero, kind, first, last}, threads);     \
+  }                                                                                                                  \
+  extern "C" void learn_##NAME(const T* grad, const T* x, T* to, int64_t outer, int64_t channels, int64_t inner,     \
+                               const float* scale, const void* zero, int32_t kind, float first, float last,          \
+                               double* sums, int32_t threads) {                                                      \
+    const Parameters all{scale, zero, kind, first, last};                                                            \
+    (kind ? learn<true, T> : learn<false, T>)(grad, x, to, outer * channels, channels, inner, all,                   \
+                                              reinterpret_cast<Sums*>(sums), threads);                               \
+  }                                                                                                                  \
+  extern "C" void observe_##NAME(const T* x, T* y, int64_t count, const float* scale, const void* zero,              \
+                                 int32_t kind, float first, float last, float* bounds, int32_t threads) {            \
+    if (!y) return observe<false, false, T>(x, y, count, Grid{}, bounds, threads);                                   \
+    const Grid grid = Parameters{scale, zero, kind, first, last}.at(0);                                              \
+    (kind ? observe<true, true, T> : observe<true, false, T>)(x, y, count, grid, bounds, threads);                   \
+  }                                                                                                                  \
+  extern "C" void row_extremes_##NAME(const T* x, int64_t rows, int64_t columns, float* low, float* high,            \
+                                      int32_t threads) {                                                             \
+    row_extremes<T>(x, rows, columns, low, high, threads);                                                           \
   }
-}
+
+FAMILY(float32, float)
+FAMILY(bfloat16, BFloat16)
+#if defined(HALVES)
+FAMILY(float16, _Float16)
+#endif

@@ -1,33 +1,171 @@
-"""Fake quantization of contiguous float32 tensors."""
+"""Fake quantization, its gradients and extremes of CPU tensors; each function is told by its result if it did nothing.
+
+Tensors are dense and lie as ``[outer, C, inner]``, as :mod:`lightning_qat.ops.layout` describes it: element ``i`` in
+memory has the scale of channel ``i // inner % C``. Scales are contiguous float32, zero points float32 or int32.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lightning_qat.native.library import Family, threads_for
 
-_FAMILY = Family("fake_quantize", {"fake_quantize_tensor": "ppqffiffi"})
+_DTYPES = ("float32", "bfloat16", "float16")
+_GRID = "ppiff"
+_FAMILY = Family(
+    "fake_quantize",
+    {
+        f"{name}_{dtype}": letters
+        for dtype in _DTYPES
+        for name, letters in {
+            "quantize": f"ppqqq{_GRID}i",
+            "input_gradient": f"pppqqq{_GRID}i",
+            "learn": f"pppqqq{_GRID}pi",
+            "observe": f"ppq{_GRID}pi",
+            "row_extremes": "pqqppi",
+        }.items()
+    },
+)
+
+_NAMES = {getattr(torch, name): name for name in _DTYPES}
+_ZERO_KINDS = {torch.float32: 1, torch.int32: 2}
+#: Elements of a sum's pieces where there is one scale, as in the source.
+_PIECE = 16_384
+
+#: outer, channels, inner.
+Layout = tuple[int, int, int]
 
 
-def fake_quantize_tensor(
-    x: Tensor, out: Tensor, scale: float, zero: float | None, quant_min: int, quant_max: int
+def _find(name: str, x: Tensor) -> Any:
+    functions, dtype = _FAMILY.functions(), _NAMES.get(x.dtype)
+    return None if functions is None or dtype is None else getattr(functions, f"{name}_{dtype}")
+
+
+def _parameters(scale: Tensor, zero_point: Tensor | None) -> tuple[int, int, int] | None:
+    """Return the addresses of scale and zero point and the kind of the latter, None where they are read otherwise."""
+    if scale.dtype is not torch.float32 or not scale.is_contiguous():
+        return None
+    if zero_point is None:
+        return scale.data_ptr(), 0, 0
+    kind = _ZERO_KINDS.get(zero_point.dtype)
+    if kind is None or not zero_point.is_contiguous():
+        return None
+    return scale.data_ptr(), zero_point.data_ptr(), kind
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Return whether there are kernels for the dtype of ``x``, a CPU tensor."""
+    return _find("quantize", x) is not None
+
+
+def quantize(
+    x: Tensor, out: Tensor, layout: Layout, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> bool:
-    """Write ``x`` fake-quantized with one scale into ``out``; False where there is no kernel, and nothing is done.
+    """Write the fake-quantized ``x`` into ``out``, which lies as ``x`` does; return whether it was done."""
+    function, grid = _find("quantize", x), _parameters(scale, zero_point)
+    if function is None or grid is None:
+        return False
+    function(x.data_ptr(), out.data_ptr(), *layout, *grid, quant_min, quant_max, threads_for(x.numel()))
+    return True
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    layout: Layout,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+) -> bool:
+    """Write ``grad`` where ``x`` has a code of its own, else 0, into ``out``; the three lie alike, in one dtype."""
+    function, grid = _find("input_gradient", x), _parameters(scale, zero_point)
+    if function is None or grid is None:
+        return False
+    addresses = grad.data_ptr(), x.data_ptr(), out.data_ptr()
+    function(*addresses, *layout, *grid, quant_min, quant_max, threads_for(x.numel()))
+    return True
+
+
+def learned_sums(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    layout: Layout,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor | None:
+    """Return the gradients of each scale and zero point, float64 ``[C, 2]``; None where there is no kernel.
 
     Args:
-        x: contiguous float32.
-        out: likewise, of the same size; may be ``x``.
-        scale: positive.
-        zero: the rounded code of 0.0, or None.
+        grad: lies as ``x`` and has its dtype.
+        x: the values.
+        out: gets the gradient of ``x``; None where nobody wants it.
+        layout: of all three.
+        scale: ``C`` of them.
+        zero_point: likewise, or None.
         quant_min: smallest code.
         quant_max: largest code.
     """
-    functions = _FAMILY.functions()
-    if functions is None:
-        return False
-    count = x.numel()
-    functions.fake_quantize_tensor(
-        x.data_ptr(), out.data_ptr(), count, scale, zero or 0.0, zero is not None, quant_min, quant_max,
-        threads_for(count),
-    )  # fmt: skip
-    return True
+    function, grid = _find("learn", x), _parameters(scale, zero_point)
+    if function is None or grid is None:
+        return None
+    outer, channels, inner = layout
+    pieces = outer * channels if outer * channels > 1 else -(-inner // _PIECE)
+    sums = torch.empty(pieces, 2, dtype=torch.float64)
+    addresses = grad.data_ptr(), x.data_ptr(), 0 if out is None else out.data_ptr()
+    function(*addresses, *layout, *grid, quant_min, quant_max, sums.data_ptr(), threads_for(x.numel()))
+    if pieces == channels:
+        return sums
+    return sums.view(-1, channels, 2).sum(0)
+
+
+def observe(
+    x: Tensor,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    quant_min: int = 0,
+    quant_max: int = 0,
+) -> tuple[float, float] | None:
+    """Return the smallest and the largest of ``x``, NaN where there is one; None where there is no kernel.
+
+    Args:
+        x: dense, not empty.
+        out: lies as ``x``; gets ``x`` fake-quantized by one ``scale``.
+        scale: positive, one element; with ``out``.
+        zero_point: likewise, or None.
+        quant_min: smallest code.
+        quant_max: largest code.
+    """
+    function = _find("observe", x)
+    grid = (0, 0, 0) if scale is None else _parameters(scale, zero_point)
+    if function is None or grid is None:
+        return None
+    threads = threads_for(x.numel())
+    bounds = (ctypes.c_float * (2 * threads))()
+    target = 0 if out is None else out.data_ptr()
+    function(x.data_ptr(), target, x.numel(), *grid, quant_min, quant_max, ctypes.addressof(bounds), threads)
+    return bounds[0], bounds[1]
+
+
+def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the smallest and the largest of each row, float32 ``[R]``, NaN where there is one; None without kernel.
+
+    Args:
+        rows: ``[R, n]``, contiguous, not empty.
+    """
+    function = _find("row_extremes", rows)
+    if function is None:
+        return None
+    count, columns = rows.shape
+    low, high = torch.empty(2, count, dtype=torch.float32).unbind()
+    function(rows.data_ptr(), count, columns, low.data_ptr(), high.data_ptr(), threads_for(rows.numel()))
+    return low, high

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,7 +65,10 @@ class Family:
         FAMILIES[name] = self
 
     def functions(self) -> Any:
-        """Return an object with the functions as attributes, or None where there are none to use."""
+        """Return an object with the functions as attributes, or None where there are none to use.
+
+        A function that this machine's compiler does not make is None.
+        """
         if _SWITCH.off:
             return None
         if self._functions is None and self.reason is None:
@@ -81,11 +85,18 @@ class Family:
                 self.reason = str(error)
                 _LOG.info("CPU kernels %r are not used, PyTorch's operations are: %s", self.name, error)
                 return
-            for name, letters in self.signatures.items():
-                function = getattr(library, name)
-                function.argtypes = [_TYPES[letter] for letter in letters]
-                function.restype = None
-            self._functions = library
+            self._functions = SimpleNamespace(
+                **{name: _function(library, name, letters) for name, letters in self.signatures.items()}
+            )
+
+
+def _function(library: ctypes.CDLL, name: str, letters: str) -> Any:
+    """Return a function of ``library``; None where it has none of this name, as for dtypes the compiler lacks."""
+    function = getattr(library, name, None)
+    if function is not None:
+        function.argtypes = [_TYPES[letter] for letter in letters]
+        function.restype = None
+    return function
 
 
 def threads_for(elements: int) -> int:

@@ -1,10 +1,14 @@
-"""The CPU kernels of fake quantization: few passes, in place where they can be, equal to the definition bit for bit."""
+"""The CPU kernels of fake quantization: few passes, in place where they can be, equal to the definition bit for bit.
+
+One pass where this machine compiles C++ (:mod:`lightning_qat.native`); PyTorch's operations in place otherwise.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lightning_qat.native import fake_quantize as native
 from lightning_qat.ops.fake_quantize import (
     EDGE,
     _blank_gradients,
@@ -17,8 +21,10 @@ from lightning_qat.ops.layout import (
     block_limit,
     channel_blocks,
     channel_parameter,
+    dense_layout,
     empty_result,
     empty_scratch,
+    is_plain,
     match_layout,
     view_channels,
     view_scratch,
@@ -32,6 +38,11 @@ def fake_quantize_cpu(
     """The definition in place, for float32 in the result itself: fresh memory costs more than the arithmetic."""
     if x.numel() == 0:
         return torch.empty_like(x)
+    layout = dense_layout(x, axis, group) if native.has_kernels(x) else None
+    if layout is not None:
+        result = empty_result(x, 0)
+        native.quantize(x, result, layout, *as_read(scale, zero_point), quant_min, quant_max)
+        return result
     if axis <= 0 and _is_one_block(x):
         by_rows = group or axis == 0
         return (_per_row if by_rows else _per_tensor)(x, scale, zero_point, quant_min, quant_max)
@@ -50,6 +61,43 @@ def fake_quantize_cpu(
         if scratch is not None:
             target.copy_(codes)
     return match_layout(result, x)
+
+
+def as_read(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both as the native kernels read them."""
+    if zero_point is not None and zero_point.dtype is not torch.int32:
+        zero_point = zero_point.to(torch.float32)
+    return scale.to(torch.float32).contiguous(), None if zero_point is None else zero_point.contiguous()
+
+
+def _native_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: tuple[int, int, int, int],
+    needs: list[bool],
+    blank: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the gradients, those of ``blank`` where not needed; None where there is no kernel."""
+    if not native.has_kernels(x) or grad.dtype != x.dtype or not is_plain(grad):
+        return None
+    layout = dense_layout(x, *grid[2:])
+    if layout is None:
+        return None
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    result = empty_result(x, 0) if needs[0] else None
+    read = (layout, *as_read(scale, zero_point), *grid[:2])
+    if result is not None and not (needs[1] or needs[2]):
+        native.input_gradient(grad, x, result, *read)
+        return result, blank[1], blank[2]
+    sums = native.learned_sums(grad, x, result, *read)
+    if sums is None:
+        return None
+    found = [gradient.copy_(sums[:, i].view(gradient.shape)) if needs[i + 1] else gradient
+             for i, gradient in enumerate(blank[1:])]  # fmt: skip
+    return blank[0] if result is None else result, found[0], found[1]
 
 
 def _has_result_like_it(x: Tensor) -> bool:
@@ -116,12 +164,29 @@ def fake_quantize_backward_cpu(
     group: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition without masks, in place where it can be."""
-    grad_x, grad_scale, grad_zero = _blank_gradients(x, scale, zero_point, [False, *needs[1:]])
-    if axis < 0 and not group and needs == [True, False, False] and x.numel() and _has_result_like_it(x):
-        return _per_tensor_gradient(grad, x, scale, zero_point, quant_min, quant_max), grad_scale, grad_zero
+    """The definition without masks."""
+    grad_x, grad_scale, grad_zero = blank = _blank_gradients(x, scale, zero_point, [False, *needs[1:]])
     if x.numel() == 0:
         return torch.empty_like(x) if needs[0] else grad_x, grad_scale, grad_zero
+    grid = (quant_min, quant_max, axis, group)
+    found = _native_gradients(grad, x, scale, zero_point, grid, needs, blank)
+    return _gradients_in_place(grad, x, scale, zero_point, grid, needs, blank) if found is None else found
+
+
+def _gradients_in_place(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: tuple[int, int, int, int],
+    needs: list[bool],
+    blank: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by PyTorch's operations, in place where they can be."""
+    quant_min, quant_max, axis, group = grid
+    grad_x, grad_scale, grad_zero = blank
+    if axis < 0 and not group and needs == [True, False, False] and _has_result_like_it(x):
+        return _per_tensor_gradient(grad, x, scale, zero_point, quant_min, quant_max), grad_scale, grad_zero
     if axis <= 0 and needs == [True, False, False] and _is_one_block(x) and grad.dtype == torch.float32:
         return _per_row_gradient(grad, x, scale, zero_point, quant_min, quant_max), grad_scale, grad_zero
     step, zero = _channel_parameters(scale, zero_point)

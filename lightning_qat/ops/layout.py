@@ -13,6 +13,7 @@ per group, token   -1        elements of a run  ``[1, numel / group, group]``
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -162,6 +163,51 @@ def match_layout(result: Tensor, x: Tensor) -> Tensor:
     """Return ``result`` (shaped as ``x``) in the memory layout that ``torch.empty_like(x)`` has."""
     wanted = torch.empty_like(x, dtype=result.dtype)
     return result if result.stride() == wanted.stride() else wanted.copy_(result)
+
+
+# --- how a CPU tensor lies ------------------------------------------------------------------------
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` has memory that can be read at its address."""
+    return type(x) is Tensor or type(x) is torch.nn.Parameter
+
+
+def dense_layout(x: Tensor, axis: int, group: int) -> tuple[int, int, int] | None:
+    """Return ``(outer, C, inner)``: element ``i`` in memory has the scale of channel ``i // inner % C``.
+
+    None where ``x`` has holes, no elements or no memory of its own, or where its runs do not lie in order.
+    """
+    if not is_plain(x):
+        return None
+    if axis < 0 and not group and x.is_contiguous():
+        count = x.numel()
+        return (1, 1, count) if count else None
+    return _dense_layout(x.shape, x.stride(), axis, group)
+
+
+@lru_cache(maxsize=4096)
+def _dense_layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], axis: int, group: int
+) -> tuple[int, int, int] | None:
+    count, size = prod(shape), 1
+    order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
+    for d in reversed(order):
+        if shape[d] != 1:
+            if strides[d] != size:
+                return None
+            size *= shape[d]
+    if not count:
+        return None
+    if group:
+        moved = [d for d in order if shape[d] != 1]
+        return (1, count // group, group) if moved == sorted(moved) else None
+    if axis < 0:
+        return 1, 1, count
+    # A channel dimension of size 1 lies anywhere.
+    at = order.index(axis)
+    sizes = [shape[d] for d in order]
+    return prod(sizes[:at]), sizes[at], prod(sizes[at + 1 :])
 
 
 # --- blocks for the CPU kernels -------------------------------------------------------------------

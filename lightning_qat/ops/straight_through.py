@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_qat.native.fake_quantize import has_kernels
 from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op, quant_range
 from lightning_qat.ops.fake_quantize_cpu import fake_quantize_backward_cpu, fake_quantize_cpu, input_ends
@@ -149,7 +150,8 @@ def learned_gradients(
 
     ``values`` is the fake-quantized ``x`` where somebody has just made it again.
     """
-    found = _by_products(grad, x, scale, zero_point, grid, values, needs_x) if x.device.type == "cpu" else None
+    many_passes = x.device.type == "cpu" and not has_kernels(x)
+    found = _by_products(grad, x, scale, zero_point, grid, values, needs_x) if many_passes else None
     if found is not None:
         return found
     zero = None if zero_point is None else zero_point.to(torch.float32)

@@ -58,8 +58,15 @@ class BatchRange:
         self.widen(low, high)
 
     @torch.no_grad()
-    def widen(self, low: Tensor, high: Tensor) -> None:
+    def widen(self, low: Tensor | float, high: Tensor | float) -> None:
         """Take the extremes of an input in."""
+        if not (isinstance(low, Tensor) and isinstance(high, Tensor)):
+            if low < self.low.item():
+                self.low.fill_(low)
+            if high > self.high.item():
+                self.high.fill_(high)
+            self.used = True
+            return
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
         self.used = True

@@ -387,6 +387,8 @@ class ActivationQuantizer(FakeQuantizer):
         scale, zero_point, fmt = parameters
         zero = None if fmt.symmetric else zero_point
         values, low, high = observe_fake_quantize_through(x, scale, zero, *quant_range(fmt.bits, fmt.symmetric))
+        if isinstance(low, float) and not math.isfinite(low + high) and self.observer is not None:
+            self.observer.batch_extremes(x)  # says what it found, if it was no overflow
         self.batch_range.widen(low, high)
         return values
 

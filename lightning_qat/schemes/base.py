@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_qat.ops.observe import row_extremes
 from lightning_qat.ops.packing import pack_bits, unpack_bits
 from lightning_qat.schemes.format import TensorFormat, rows_of, scale_shape
 from lightning_qat.validation import SCHEME_BITS, check_int, load_entry_point, nearest_first
@@ -53,15 +54,7 @@ class Scheme(ABC):
             return self.parameters(zeros, zeros, fmt)
         if rows.dtype == torch.float64:
             rows = rows.float()
-        bounds: Any
-        if rows.shape[0] == 1:
-            bounds = torch.aminmax(rows)
-        elif rows.is_cuda:
-            bounds = torch.aminmax(rows, dim=1)  # one launch, one pass
-        else:
-            # 4096 x 4096: 3 ms, the largest magnitude by vector_norm or aminmax along a dimension 20 to 25.
-            bounds = rows.amin(1), rows.amax(1)
-        low, high = (bound.float().reshape(shape) for bound in bounds)
+        low, high = (bound.reshape(shape) for bound in row_extremes(rows))
         return self.parameters_of_range(low, high, fmt)
 
     def parameters_of_range(self, low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:

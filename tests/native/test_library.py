@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_qat.native import build
-from lightning_qat.native.fake_quantize import fake_quantize_tensor
+from lightning_qat.native.fake_quantize import quantize
 from lightning_qat.native.library import FAMILIES, Family, threads_for, without_native
 
 needs_compiler = pytest.mark.skipif(
@@ -41,9 +41,9 @@ def test_the_library_uses_the_threads_of_pytorch(cache):
     needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=False).stdout
     assert "libgomp" not in needed
     code = (
-        "import torch; from lightning_qat.native.fake_quantize import fake_quantize_tensor as f\n"
+        "import torch; from lightning_qat.native.fake_quantize import quantize\n"
         "torch.set_num_threads(2); x = torch.randn(400, 400); y = torch.empty_like(x)\n"
-        "assert f(x, y, 0.1, None, -127, 127)\n"
+        "assert quantize(x, y, (1, 1, x.numel()), torch.tensor(0.1), None, -127, 127)\n"
         "loaded = {l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l}\n"
         "assert len(loaded) == 1, loaded"
     )
@@ -80,7 +80,7 @@ def test_a_folder_that_others_can_write_is_refused(cache):
 def test_without_native_nothing_is_written():
     x, out = torch.randn(10), torch.zeros(10)
     with without_native():
-        assert not fake_quantize_tensor(x, out, 0.1, None, -127, 127)
+        assert not quantize(x, out, (1, 1, 10), torch.tensor(0.1), None, -127, 127)
     assert not out.any()
 
 
