@@ -1,9 +1,10 @@
 """ONNX files with QuantizeLinear and DequantizeLinear, as onnxruntime and other engines read them.
 
-Integer weights are int8 initializers, or uint8 ones where asymmetric, each with a DequantizeLinear: per tensor, per
-channel, or in blocks. A static input passes a QuantizeLinear and a DequantizeLinear on its own grid; one with dynamic
-ranges is computed on as integers where it can be (MatMulInteger), scales being found in the graph. BatchNorm that
-conversion folded is gone. The model is traced by ``torch.export``, so it has to be what that takes.
+Integer weights are int8 initializers, each with a DequantizeLinear: per tensor, per channel, or in blocks. A static
+input passes a QuantizeLinear and a DequantizeLinear on its own grid; one with dynamic ranges is computed on as integers
+where it can be (MatMulInteger), scales being found in the graph. A convolution whose output no layer quantizes is a
+matrix product. BatchNorm that conversion folded is gone. The model is traced by ``torch.export``, so it has to be what
+that takes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.formats.traced_layers import make_traceable
+from lightning_qat.formats.traceable import make_traceable
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.transforms.prepare import copy_model
 

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from onnx_files import converted, reference, run
 from torch import Tensor, nn
 
 import lightning_qat as lq
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
 C = lq.QuantizationConfig
-
-
-def run(path: Path, *inputs: Tensor, optimized: bool = False) -> tuple[Tensor, Counter[str]]:
-    """Return the first output, and how many operators of each kind ran."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    options.optimized_model_filepath = str(path.with_suffix(".run"))
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
-    nodes = onnx.load(path.with_suffix(".run")).graph.node
-    return torch.from_numpy(found[0]), Counter(node.op_type for node in nodes)
 
 
 class Residual(nn.Module):
@@ -74,24 +55,11 @@ class Up(nn.Module):
         return self.space(x.reshape(x.shape[0], 1, 2, 3, -1)).flatten(1)
 
 
-def converted(model: nn.Module, plan: Any, *batches: Any) -> nn.Module:
-    model.eval()
-    lq.prepare(model, plan)
-    if batches:
-        lq.calibrate(model, batches)
-    return lq.convert(model)
-
-
 def residual(plan: Any) -> nn.Module:
     torch.manual_seed(0)
     model = Residual()
     model(torch.randn(16, 3, 8, 8))  # statistics of BatchNorm
     return converted(model, plan, *(torch.randn(4, 3, 8, 8) for _ in range(3)))
-
-
-def reference(model: nn.Module, *inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(*inputs)
 
 
 @pytest.mark.parametrize("plan", ["int8", "w4a4", "int8_dynamic", "symmetric", "asymmetric weights"])
@@ -109,8 +77,8 @@ def test_a_convolutional_network(tmp_path: Path, plan: str) -> None:
     assert not nodes["BatchNormalization"]
     assert nodes["QuantizeLinear"] == (4 if static else 0)
     optimized, nodes = run(tmp_path / "model.onnx", x, optimized=True)
-    # The 1x1 convolution before the addition, or, of dynamic inputs, the head.
-    assert nodes["MatMulIntegerToFloat" if static else "MatMulInteger"] == 1
+    # The 1x1 convolution before the addition, and the head; of dynamic inputs the head alone.
+    assert nodes["QGemm" if static else "MatMulInteger"] == (2 if static else 1)
     assert float((optimized - expected).abs().max()) < (5e-2 if plan == "w4a4" else 5e-3)
     assert torch.equal(optimized.argmax(1), expected.argmax(1)) or plan == "w4a4"
 
