@@ -31,7 +31,7 @@ from torch import Tensor
 from lightning_qat.ops.integer_linear import (
     MAX_TERMS,
     SIGNED_OFFSET,
-    PackedWeight,
+    LinearWeight,
     linear_is_exact,
     multiply_codes,
     pack_linear,
@@ -89,7 +89,7 @@ class DigitWeight:
             whatever the scales, clear of underflow and overflow.
     """
 
-    parts: tuple[PackedWeight, ...]
+    parts: tuple[LinearWeight, ...]
     scale: Tensor | None
     step: int
     groups: int
@@ -118,10 +118,10 @@ def pack_digits(values: Tensor, scale: Tensor, group_size: int | None = None) ->
     relative = (scale * 2.0**-exponent).float()
     digit_values = relative.new_tensor([_LOWEST * 256.0**i for i in range(DIGITS)])
     if size == columns:
-        return DigitWeight((pack_linear(values, relative),), None, 1, 1, exponent, digit_values, len(values))
+        return DigitWeight((pack_linear(values, relative, few=False),), None, 1, 1, exponent, digit_values, len(values))
     groups = columns // size
     step = max(n for n in range(1, _GROUPS + 1) if groups % n == 0 and (n == 1 or n * size <= _COLUMNS))
-    parts = tuple(pack_linear(part, relative.new_ones(1)) for part in values.split(step * size, 1))
+    parts = tuple(pack_linear(part, relative.new_ones(1), few=False) for part in values.split(step * size, 1))
     by_part = relative.t().reshape(len(parts), 1, step, -1)
     return DigitWeight(parts, by_part, step, groups, exponent, digit_values, len(values))
 

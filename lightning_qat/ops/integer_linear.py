@@ -1,20 +1,28 @@
-"""Matrix products of integer codes on the CPU: oneDNN's uint8 x int8 kernel behind PyTorch's own ops.
+"""Matrix products of integer codes on the CPU: a kernel of our own for few rows, oneDNN's uint8 x int8 one for more.
 
 A code product is exact: ``acc = sum((x_code - x_zero_point) * w_code)`` in int32. The result is
 ``acc * (x_scale * w_scale) + bias`` in float32, with a rounding for each of its steps: the product of the
 scales, the conversion, the product and the sum. The codes are those of
-:func:`lightning_qat.ops.affine.quantize_affine`, bit for bit.
+:func:`lightning_qat.ops.affine.quantize_affine`, bit for bit. Both kernels do it so, but for small shapes, for which
+oneDNN multiplies the sum by one scale after the other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_qat.native.library import without_native
+from lightning_qat.native.linear_int8 import (
+    has_linear_int8,
+    multiply_codes_native,
+    quantize_by_range,
+    quantize_unsigned_native,
+)
 from lightning_qat.ops.affine import choose_scale_zero_point
 from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.ops.layout import NO_AXIS, NO_GROUP, channel_blocks, empty_scratch, view_channels, view_scratch
@@ -25,6 +33,10 @@ SIGNED_OFFSET = 128
 
 #: Most products of 255 * 128 whose sum stays within int32.
 MAX_TERMS = (2**31 - 1) // (255 * 128)
+
+#: Rows of codes up to which the kernel that reads the weight as it is stored is faster. 4096 x 4096, one core,
+#: milliseconds of it and of oneDNN's: one row 0.9 and 1.7, eight 1.7 and 2.0, twelve 2.2 and 2.0.
+FEW_ROWS = 8
 
 #: Inputs of more than two blocks go through float scratch memory of one: 64 x 128 x 32 x 32 takes 3 ms on two
 #: cores, where a fresh float tensor of that size makes it 13.
@@ -69,6 +81,10 @@ def quantize_unsigned(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
         scale: float32, broadcasts against ``x``.
         codes: see :class:`CodeRange`.
     """
+    if scale.numel() == 1 and _is_dense(x):
+        result, value = torch.empty_like(x, dtype=torch.uint8), scale.item()
+        if quantize_unsigned_native(x, result, value, codes.zero_point, codes.low, codes.high):
+            return result
     if x.numel() <= 2 * _BLOCK_ELEMENTS:
         return _round(torch.div(x.to(torch.float32), scale), codes).to(torch.uint8).add_(codes.zero_point % 256)
     result = torch.empty_like(x, dtype=torch.uint8)
@@ -81,6 +97,13 @@ def quantize_unsigned(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
     return result
 
 
+def _is_dense(x: Tensor) -> bool:
+    """Return whether ``x`` is plain float32 memory without gaps, whose layout ``empty_like`` keeps."""
+    if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        return False
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def _round(ratio: Tensor, codes: CodeRange) -> Tensor:
     """Return integers whose lowest byte is the code less the zero point; works in ``ratio``."""
     ratio.clamp_(codes.low - codes.zero_point, codes.high - codes.zero_point).add_(_ROUNDER)
@@ -89,27 +112,64 @@ def _round(ratio: Tensor, codes: CodeRange) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """int8 codes in oneDNN's own layout, with their scale."""
+    """int8 codes of a convolution in oneDNN's own layout, with their scale."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
 
 
-def pack_linear(codes: Tensor, scale: Tensor) -> PackedWeight:
-    """Return a weight as the kernel reads it.
+class LinearWeight:
+    """A weight for both kernels: int8 codes as they are, which need not be a copy, and in oneDNN's own layout.
 
     Args:
-        codes: int8, ``[out_features, in_features]``.
+        codes: contiguous int8, ``[out_features, in_features]``.
+        scale: float32, one element or ``[out_features]``.
+        few: keep ``codes`` for few rows; else oneDNN's kernel takes all.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, *, few: bool) -> None:
+        self.scale = scale
+        self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        self.codes: Any = codes if few else None
+        if not few:
+            self.packed = _prepack(codes)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The codes in oneDNN's layout, made for the first input of many rows."""
+        return _prepack(self.codes)
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """The sum of each row of codes, int32."""
+        sums: Tensor = self.codes.sum(1, dtype=torch.int32)
+        return sums
+
+    def takes(self, rows: Tensor) -> bool:
+        """Return whether so few rows of codes are multiplied by the weight as it is."""
+        return self.codes is not None and rows.shape[0] <= FEW_ROWS and type(rows) is Tensor and has_linear_int8()
+
+
+def _prepack(codes: Tensor) -> Tensor:
+    packed: Tensor = _onednn().qlinear_prepack(codes, None)
+    return packed
+
+
+def pack_linear(codes: Tensor, scale: Tensor, *, few: bool = True) -> LinearWeight:
+    """Return a weight as the kernels read it.
+
+    Args:
+        codes: int8, ``[out_features, in_features]``; not to be changed afterwards.
         scale: one for the tensor or ``[out_features]``; may be negative.
+        few: whether inputs of few rows are to be expected.
     """
     flat = scale.detach().reshape(-1).to(torch.float32, copy=True)
-    packed = _onednn().qlinear_prepack(codes.contiguous(), None)
-    return PackedWeight(packed, flat, torch.zeros_like(flat, dtype=torch.int32))
+    return LinearWeight(codes.contiguous(), flat, few=few and has_linear_int8())
 
 
 def integer_linear(
-    x: Tensor, scale: Tensor, codes: CodeRange, weight: PackedWeight, bias: Tensor | None, scale_value: float
+    x: Tensor, scale: Tensor, codes: CodeRange, weight: LinearWeight, bias: Tensor | None, scale_value: float
 ) -> Tensor:
     """Return ``x @ weight.T + bias`` with ``x`` quantized per tensor, in the dtype of ``x``.
 
@@ -129,7 +189,7 @@ def integer_linear(
 
 
 def integer_linear_per_tensor(
-    x: Tensor, bits: int, symmetric: bool, weight: PackedWeight, bias: Tensor | None
+    x: Tensor, bits: int, symmetric: bool, weight: LinearWeight, bias: Tensor | None
 ) -> Tensor:
     """Return ``x @ weight.T + bias`` with ``x`` on one grid, that of its range, found now.
 
@@ -142,12 +202,21 @@ def integer_linear_per_tensor(
         weight: of :func:`pack_linear`.
         bias: ``[out_features]`` or None.
     """
-    scale, zero_point = choose_scale_zero_point(*torch.aminmax(x), bits=bits, symmetric=symmetric)
-    codes = code_range(bits, symmetric, 0 if zero_point is None else int(zero_point.item()))
-    return integer_linear(x, scale, codes, weight, bias, scale.item())
+    found = _by_range(x, bits, symmetric=symmetric, per_token=False)
+    if found is None:
+        scale, zero_point = choose_scale_zero_point(*torch.aminmax(x), bits=bits, symmetric=symmetric)
+        codes = code_range(bits, symmetric, 0 if zero_point is None else int(zero_point.item()))
+        return integer_linear(x, scale, codes, weight, bias, scale.item())
+    rows, scale, zero = found
+    shift = None if bias is None else bias.to(torch.float32)
+    if weight.takes(rows):
+        result = _multiply_few(rows, scale, zero, weight, shift, per_token=False)
+    else:
+        result = multiply_codes(rows, scale.item(), int(zero.item()), weight, shift)
+    return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
 
 
-def integer_linear_per_token(x: Tensor, bits: int, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def integer_linear_per_token(x: Tensor, bits: int, weight: LinearWeight, bias: Tensor | None) -> Tensor:
     """Return ``x @ weight.T + bias`` with every token of ``x`` on a symmetric grid of its own, found now.
 
     A token that holds NaN gives NaN.
@@ -158,18 +227,51 @@ def integer_linear_per_token(x: Tensor, bits: int, weight: PackedWeight, bias: T
         weight: of :func:`pack_linear`.
         bias: ``[out_features]`` or None.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    scale, _ = choose_scale_zero_point(
-        rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), bits=bits, symmetric=True
-    )
-    codes = quantize_unsigned(rows, scale, code_range(bits, True))
-    result = multiply_codes(codes, 1.0, SIGNED_OFFSET, weight, None).mul_(scale)
+    found = _by_range(x, bits, symmetric=True, per_token=True)
+    if found is None:
+        rows = x.reshape(-1, x.shape[-1])
+        scale, _ = choose_scale_zero_point(
+            rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), bits=bits, symmetric=True
+        )
+        codes = quantize_unsigned(rows, scale, code_range(bits, True))
+    else:
+        codes, scale, zero = found
+        if weight.takes(codes):
+            shift = None if bias is None else bias.to(torch.float32)
+            result = _multiply_few(codes, scale, zero, weight, shift, per_token=True)
+            return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
+    result = multiply_codes(codes, 1.0, SIGNED_OFFSET, weight, None).mul_(scale.view(-1, 1))
     if bias is not None:
         result.add_(bias)
     return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
 
 
-def multiply_codes(rows: Tensor, scale: float, zero_point: int, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def _by_range(x: Tensor, bits: int, *, symmetric: bool, per_token: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return codes, scale and zero point on the grids that ``choose_scale_zero_point`` gives, or None."""
+    code_range(bits, symmetric)  # or an error
+    if type(x) is not Tensor or not x.numel():
+        return None
+    quant_min, quant_max = quant_range(bits, symmetric)
+    rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    return quantize_by_range(rows, quant_min, quant_max, quant_max + (bits < 8) * 0.5, per_token=per_token)
+
+
+def _multiply_few(
+    rows: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    weight: LinearWeight,
+    bias: Tensor | None,
+    *,
+    per_token: bool,
+) -> Tensor:
+    shift = None if bias is None else bias.contiguous()
+    held = (weight.codes, weight.sums, weight.scale)
+    result: Any = multiply_codes_native(rows.contiguous(), scale, zero_point, *held, shift, per_token=per_token)
+    return result
+
+
+def multiply_codes(rows: Tensor, scale: float, zero_point: int, weight: LinearWeight, bias: Tensor | None) -> Tensor:
     """Return ``(rows - zero_point) @ weight.T * scale + bias`` in float32, summed exactly in int32.
 
     Args:
@@ -179,8 +281,10 @@ def multiply_codes(rows: Tensor, scale: float, zero_point: int, weight: PackedWe
         weight: of :func:`pack_linear`.
         bias: float32, ``[out_features]``, or None.
     """
+    if weight.takes(rows):
+        return _multiply_few(rows, scale, zero_point, weight, bias, per_token=False)
     result: Tensor = _onednn().qlinear_pointwise(
-        rows, scale, zero_point, weight.codes, weight.scale, weight.zero_point, bias,
+        rows, scale, zero_point, weight.packed, weight.scale, weight.zero_point, bias,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return result
@@ -197,7 +301,8 @@ def linear_is_exact() -> bool:
     w = torch.full((5, 70), 127, dtype=torch.int8)
     w[1, ::2] = -128
     try:
-        result = multiply_codes(x, 1.0, 3, pack_linear(w, torch.ones(1, dtype=torch.float32)), None)
+        with without_native():
+            result = multiply_codes(x, 1.0, 3, pack_linear(w, torch.ones(1, dtype=torch.float32)), None)
     except (AttributeError, RuntimeError):  # a build of PyTorch without oneDNN or without this op
         return False
     return torch.equal(result.long(), (x.long() - 3) @ w.long().T)

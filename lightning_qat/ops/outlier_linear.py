@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_qat.ops.integer_linear import SIGNED_OFFSET, PackedWeight, multiply_codes, pack_linear
+from lightning_qat.ops.integer_linear import SIGNED_OFFSET, LinearWeight, multiply_codes, pack_linear
 from lightning_qat.ops.vectorwise import PER_CODE, vectorwise_quantize_op
 from lightning_qat.ops.vectorwise_codes import columns_above_quantile
 
@@ -16,7 +16,7 @@ from lightning_qat.ops.vectorwise_codes import columns_above_quantile
 class OutlierWeight:
     """A weight for products of both kinds."""
 
-    packed: PackedWeight
+    packed: LinearWeight
     #: The same int8 codes, ``[out_features, in_features]``, of which columns are read.
     codes: Tensor
 

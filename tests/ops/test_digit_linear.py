@@ -153,6 +153,7 @@ def test_where_it_pays():
 
 def test_nothing_is_kept_in_float():
     weight = pack_digits(random_codes(64, 256), randn(64, 8), 32)
-    held = [part.codes for part in weight.parts] + [weight.scale]
+    assert all(part.codes is None for part in weight.parts)
+    held = [part.packed for part in weight.parts] + [weight.scale]
     assert sum(t.untyped_storage().nbytes() for t in held if t.layout == torch.strided) <= 64 * 256 + 64 * 8 * 4
     assert math.prod(weight.scale.shape) == 64 * 8
