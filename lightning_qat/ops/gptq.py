@@ -3,13 +3,15 @@
 The loss ``tr((W - Q) H (W - Q)^T)`` has rows that are independent of each other once the upper factor ``U`` of
 ``H^-1 = U^T U`` is known. Column ``j`` is rounded to ``q``; with ``e = (w_j - q) / U_jj`` every column ``k`` after it
 becomes ``w_k - U_jk e``. Within a block of columns that happens one by one (:func:`reference_gptq_block`, the
-definition, in plain PyTorch for every device); all columns after the block follow in one product. The kernels for
-CUDA and, compiled, for the CPU equal the definition bit for bit; where nothing is compiled, the one for the CPU does up
-to the order of summation.
+definition, in plain PyTorch for every device); a block begins with what all columns before it leave to make up for, in
+products. These take ``R`` with ``H = R R^T``, the inverse of ``U``, which is nowhere worked out as a whole: within a
+block ``b`` with the columns ``s`` before it, ``U_bb`` is the inverse of ``R_bb``, and ``W_b`` begins as
+``W_b + (W - Q)_s R_sb U_bb``. The kernels for CUDA and, compiled, for the CPU equal the definition bit for bit; where
+nothing is compiled, the one for the CPU does up to the order of summation.
 
 Everything here is transposed: a row of a tensor is a column of the weight, so that what belongs together lies together.
 
-Sources: Frantar et al. 2023 (GPTQ); Frantar and Alistarh 2022 (OBQ).
+Sources: Frantar et al. 2023 (GPTQ); Frantar and Alistarh 2022 (OBQ); Chee et al. 2023 (QuIP: the same with ``R``).
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Columns whose inverse is found by substitution; larger triangles are cut into products.
-_SMALL_TRIANGLE = 256
+from lightning_qat.ops.upper_factor import inverse_of_upper
+
+#: Columns whose products with all before them are one: of fewer at a time these are slow.
+_PANEL = 512
 
 
 class Levels(NamedTuple):
@@ -52,21 +56,24 @@ class Steps(NamedTuple):
     zero: Tensor | None
 
 
+#: Given the first and the end of some columns, returns these as they are once all before a block are rounded.
+Reached = Callable[[int, int], Tensor]
+
+
 def gptq_columns(
     columns: Tensor,
-    factor: Tensor,
-    steps_of: Callable[[int, int, Tensor], Steps],
+    upper: Tensor,
+    steps_of: Callable[[int, int, Reached], Steps],
     levels: Levels,
     block_size: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """Return the code of every weight, and the loss of them all.
 
     Args:
-        columns: float32 ``[in_features, out_features]``, contiguous; **changed**: each column ends as it was when it
-            was rounded.
-        factor: ``U``, float32 ``[in_features, in_features]``, see :func:`inverse_factor`.
-        steps_of: called as ``steps_of(start, stop, columns)`` when a block is reached, with all columns as they are by
-            then; returns the steps of the columns ``start`` to ``stop``.
+        columns: float32 ``[in_features, out_features]``, contiguous; **changed**: ends as ``W - Q``.
+        upper: ``R``, float32 ``[in_features, in_features]``, see :func:`lightning_qat.ops.upper_factor.upper_factor`.
+        steps_of: called as ``steps_of(start, stop, reached)`` when a block is reached; returns the steps of the
+            columns ``start`` to ``stop``. ``reached(first, last)`` gives columns from ``start`` on as they are by then.
         levels: see :class:`Levels`.
         block_size: columns of a block.
 
@@ -74,52 +81,47 @@ def gptq_columns(
         int16, shaped as ``columns``: integers of ``low`` to ``high``, or indices into the table; and ``tr((W - Q) H (W
         - Q)^T)``, which is the sum of all ``e^2``, float64 without dimensions.
     """
+    size, panel = len(columns), max(_PANEL // block_size, 1) * block_size
     loss = torch.zeros((), dtype=torch.float64, device=columns.device)
     codes = torch.empty(columns.shape, dtype=torch.int16, device=columns.device)
-    for start in range(0, len(columns), block_size):
-        stop = min(start + block_size, len(columns))
-        block, inside = columns[start:stop], factor[start:stop, start:stop].contiguous()
-        chosen, errors = gptq_block_op(block, inside, *steps_of(start, stop, columns), *levels)
-        codes[start:stop] = chosen
+    pulled = torch.empty((0, 0), device=columns.device)
+    for start in range(0, size, block_size):
+        first, stop = start - start % panel, min(start + block_size, size)
+        if start == first:
+            pulled = upper[:first, first : first + panel].t() @ columns[:first]
+        here = pulled[start - first : stop - first]
+        if start > first:
+            here.addmm_(upper[first:start, start:stop].t(), columns[first:start])
+        factor = inverse_of_upper(upper[start:stop, start:stop])
+        left = torch.addmm(columns[start:stop], factor.t(), here)
+
+        def reached(a: int, b: int, start: int = start, left: Tensor = left) -> Tensor:
+            return (left if b - start <= len(left) else _reached(columns, upper, start, b))[a - start : b - start]
+
+        steps = steps_of(start, stop, reached)
+        codes[start:stop], errors = gptq_block_op(left, factor, *steps, *levels)
         loss += errors.view(-1).dot(errors.view(-1))
-        if stop < len(columns):
-            columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+        columns[start:stop] -= values_of_levels(codes[start:stop], steps, levels)
     return codes, loss
 
 
-def inverse_factor(hessian: Tensor) -> Tensor | None:
-    """Return the upper triangular ``U`` with ``U^T U`` the inverse of ``hessian``; None if that has none.
-
-    With rows and columns in reverse, ``hessian`` is ``L L^T``; then ``U`` is the inverse of ``L``, reversed again: one
-    Cholesky decomposition in float64, which the few huge inputs of language models need, and one triangular inverse,
-    for which float32 will do: ``L`` has the root of the condition number.
-
-    Args:
-        hessian: symmetric positive definite, ``[in_features, in_features]``.
-
-    Returns:
-        float32, with zeros below the diagonal; None where it is not positive definite or not finite.
-    """
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1).to(torch.float64))
-    if int(info):
-        return None
-    factor = _inverse_of_lower(lower.to(torch.float32)).flip(0, 1)
-    whole = bool(torch.isfinite(torch.stack(torch.aminmax(factor))).all()) and bool((factor.diagonal() > 0).all())
-    return factor if whole else None
+def _reached(columns: Tensor, upper: Tensor, start: int, stop: int) -> Tensor:
+    """Return the columns ``start`` to ``stop`` once all before are rounded."""
+    pulled = upper[:start, start:stop].t() @ columns[:start]
+    return torch.addmm(columns[start:stop], inverse_of_upper(upper[start:stop, start:stop]).t(), pulled)
 
 
-def _inverse_of_lower(lower: Tensor) -> Tensor:
-    """Return the inverse of a lower triangle in products of its halves, which substitution does not have."""
-    size = len(lower)
-    if size <= _SMALL_TRIANGLE:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
-    half = size // 2
-    result = torch.zeros_like(lower)
-    first = result[:half, :half] = _inverse_of_lower(lower[:half, :half])
-    last = result[half:, half:] = _inverse_of_lower(lower[half:, half:])
-    torch.mm(last @ lower[half:, :half], first, out=result[half:, :half]).neg_()
-    return result
+def values_of_levels(chosen: Tensor, steps: Steps, levels: Levels) -> Tensor:
+    """Return what codes stand for, float32 shaped as ``chosen`` and the steps."""
+    return units_of_levels(chosen, steps.zero, levels) * steps.step
+
+
+def units_of_levels(chosen: Tensor, zero: Tensor | None, levels: Levels) -> Tensor:
+    """Return values in units of their step: float32, shaped as ``chosen``."""
+    if levels.values is not None:
+        return levels.values[chosen.to(torch.int64)]
+    units = chosen.to(torch.float32)
+    return units if zero is None else units.sub_(zero)
 
 
 # --- the definition -------------------------------------------------------------------------------

@@ -111,16 +111,3 @@ def codes_of_levels(chosen: Tensor, fmt: TensorFormat) -> Tensor:
     if isinstance(scheme, CodebookScheme):
         return bin_codes(scheme.codebook, fmt.rule, chosen.device)[chosen.to(torch.int64)].contiguous()
     return chosen.to(torch.int8 if fmt.symmetric else torch.uint8).contiguous()
-
-
-def values_of_levels(chosen: Tensor, steps: Steps, levels: Levels) -> Tensor:
-    """Return what an op's codes stand for, float32 shaped as ``chosen`` and the steps."""
-    return units_of_levels(chosen, steps.zero, levels) * steps.step
-
-
-def units_of_levels(chosen: Tensor, zero: Tensor | None, levels: Levels) -> Tensor:
-    """Return values in units of their step: float32, shaped as ``chosen``."""
-    if levels.values is not None:
-        return levels.values[chosen.to(torch.int64)]
-    units = chosen.to(torch.float32)
-    return units if zero is None else units.sub_(zero)

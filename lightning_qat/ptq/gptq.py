@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.ops.gptq import Steps, gptq_columns, inverse_factor
+from lightning_qat.ops.gptq import Reached, Steps, gptq_columns
+from lightning_qat.ops.upper_factor import upper_factor
 from lightning_qat.ptq.chosen import ChosenCodes, output_error
 from lightning_qat.ptq.column_grid import (
     ColumnGrid,
@@ -188,23 +189,30 @@ def _check(weight: Tensor, gram: Tensor, fmt: TensorFormat, scale: Tensor | None
 
 @dataclass(frozen=True, eq=False)
 class _Solved:
-    """The Gram matrix with what was added, and the upper factor of its inverse with columns in ``order``.
+    """The Gram matrix divided by ``unit``: its diagonal and the upper factor with columns in ``order``.
 
-    ``hessian`` is the Gram matrix divided by ``unit``, with ``added`` on its diagonal.
+    ``diagonal`` has ``added`` in it, as does the matrix that was decomposed.
     """
 
-    hessian: Tensor
+    gram: Tensor
     unit: Tensor
+    diagonal: Tensor
     added: Tensor
-    factor: Tensor
+    upper: Tensor
     order: Tensor
     damping: float
+
+    def hessian(self) -> Tensor:
+        """Return the matrix that was decomposed, its columns as they lie."""
+        hessian = self.gram / self.unit
+        hessian.diagonal().copy_(self.diagonal)
+        return hessian
 
 
 def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[str, ...]]:
     """Return the factor found with the least damping of the ladder, and notes of what was done about the matrix."""
     power = gram.diagonal()
-    if not bool(torch.isfinite(gram).all()) or bool((power < 0).any()):
+    if not bool(torch.isfinite(gram.sum(dtype=torch.float64))) or bool((power < 0).any()):
         return None, ("the Gram matrix holds NaN, infinity or a negative power: weights were rounded to nearest",)
     dead = power == 0
     notes: tuple[str, ...] = ()
@@ -212,21 +220,18 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
         notes = (f"{int(dead.sum())} of {len(power)} input features were always 0: weights rounded to nearest",)
     # In units of the mean power nothing of this under- or overflows.
     unit = power.mean(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).to(torch.float32)
-    hessian = gram / unit
-    own = hessian.diagonal().clone()
-    hessian.diagonal().masked_fill_(dead, 1.0)
-    order = torch.argsort(power, descending=True, stable=True) if options.activation_order else None
-    ordered = hessian if order is None else hessian.index_select(0, order).index_select(1, order)
-    order = torch.arange(len(power), device=gram.device) if order is None else order
-    plain, damping = ordered.diagonal().clone(), options.damping
+    own = power / unit
+    plain, damping = own.masked_fill(dead, 1.0), options.damping
+    order = torch.arange(len(power), device=gram.device)
+    if options.activation_order:
+        order = torch.argsort(power, descending=True, stable=True)
     while True:
-        ordered.diagonal().copy_(plain + damping)
-        factor = inverse_factor(ordered)
-        if factor is not None:
-            hessian.diagonal().copy_(ordered.diagonal()[torch.argsort(order)])
+        diagonal = plain + damping
+        upper = upper_factor(gram, diagonal[order], order if options.activation_order else None, unit)
+        if upper is not None:
             if damping != options.damping:
                 notes += (f"damping was raised from {options.damping:g} to {damping:g}",)
-            return _Solved(hessian, unit, hessian.diagonal() - own, factor, order, damping), notes
+            return _Solved(gram, unit, diagonal, diagonal - own, upper, order, damping), notes
         damping = max(damping * _GROWTH, _FIRST_DAMPING)
         if damping > _MOST_DAMPING:
             return None, (*notes, "the Gram matrix has no inverse with any damping: weights were rounded to nearest")
@@ -248,27 +253,27 @@ class _Chosen:
 def _choose(
     weight: Tensor, solved: _Solved, fmt: TensorFormat, options: GPTQOptions, given: tuple[Tensor, Tensor] | None
 ) -> _Chosen:
-    scale, zero = given if given is not None else _scales_of(weight, fmt, options, solved.hessian.diagonal())
+    scale, zero = given if given is not None else _scales_of(weight, fmt, options, solved.diagonal)
     grid = column_grid(fmt, weight.shape, scale, zero)
     columns = weight.t().contiguous().index_select(0, solved.order)
     width = part_columns(fmt, weight.shape)
     found = given is None and not options.static_groups and width is not None and width < weight.shape[1]
     walk = _GroupsWhenReached(grid, fmt, options, solved, int(width or 0), zero) if found else None
 
-    def steps_of(start: int, stop: int, left: Tensor) -> Steps:
+    def steps_of(start: int, stop: int, reached: Reached) -> Steps:
         if walk is not None:
-            walk.reach(start, stop, left)
+            walk.reach(start, stop, reached)
         return grid.of(solved.order[start:stop])
 
     codes = torch.empty_like(columns, dtype=torch.int16)
-    codes[solved.order], total = gptq_columns(columns, solved.factor, steps_of, grid.levels, options.block_size)
+    codes[solved.order], total = gptq_columns(columns, solved.upper, steps_of, grid.levels, options.block_size)
     loss = float(total)
     if walk is not None:
         scale, zero = walk.scale, walk.zero_point
     if options.sweeps:
         refits = given is None and options.refit_scales and not fmt.nested
         codes, refined, loss = refine(
-            weight.t().contiguous(), codes, solved.hessian, grid, sweeps=options.sweeps,
+            weight.t().contiguous(), codes, solved.hessian(), grid, sweeps=options.sweeps,
             width=width if refits else None, shared_by_rows=not scale.dim(), block_size=options.block_size,
         )  # fmt: skip
         if refits and width is not None:
@@ -294,15 +299,16 @@ class _GroupsWhenReached:
         self, grid: ColumnGrid, fmt: TensorFormat, options: GPTQOptions, solved: _Solved, width: int, zero: Tensor
     ) -> None:
         self.grid, self.fmt, self.options, self.width = grid, fmt, options, width
-        self.power = solved.hessian.diagonal()
+        self.power = solved.diagonal
         parts, rows = grid.step.shape
         self._zero = torch.zeros((parts, rows), dtype=torch.int32, device=grid.step.device)
         self._shape = zero.shape
 
-    def reach(self, start: int, stop: int, columns: Tensor) -> None:
+    def reach(self, start: int, stop: int, reached: Reached) -> None:
         for first in range(-(-start // self.width) * self.width, stop, self.width):
-            here = slice(first, first + self.width)
-            scale, zero = _scales_of(columns[here].t().contiguous(), self.fmt, self.options, self.power[here])
+            last = first + self.width
+            columns = reached(first, last).t().contiguous()
+            scale, zero = _scales_of(columns, self.fmt, self.options, self.power[first:last])
             part = first // self.width
             self.grid.step[part] = scale.reshape(-1)
             self._zero[part] = zero.reshape(-1)

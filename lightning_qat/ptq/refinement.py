@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.coordinate_descent import descend_block_op
-from lightning_qat.ptq.column_grid import ColumnGrid, units_of_levels, values_of_levels
+from lightning_qat.ops.gptq import units_of_levels, values_of_levels
+from lightning_qat.ptq.column_grid import ColumnGrid
 
 #: Sweeps end once one makes the loss smaller by less than this share.
 _LEAST_GAIN = 1e-3

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_qat.native.library import without_native
-from lightning_qat.ops import gptq_cpu
+from lightning_qat.ops import gptq, gptq_cpu
 from lightning_qat.ops.codebook_tables import codebook, thresholds
 from lightning_qat.ops.gptq import (
     Levels,
+    Reached,
     Steps,
     gptq_block_op,
     gptq_columns,
-    inverse_factor,
     nearest_level,
     reference_gptq_block,
 )
+from lightning_qat.ops.upper_factor import inverse_of_upper, upper_factor
 
 
 def gram_of(size: int, seed: int = 0, samples: int | None = None) -> Tensor:
@@ -43,8 +44,8 @@ def block_of(count: int, rows: int, kind: str, seed: int = 0) -> tuple[Tensor, T
     """Return columns, the factor and the grid of a block."""
     generator = torch.Generator().manual_seed(seed)
     columns, levels = torch.randn(count, rows, generator=generator), levels_of(kind)
-    factor = inverse_factor(gram_of(count, seed))
-    assert factor is not None
+    gram = gram_of(count, seed)
+    factor = inverse_of_upper(upper_factor(gram, gram.diagonal()))
     step = torch.rand(count, rows, generator=generator) + 0.1
     if levels.values is None:
         step *= 4 / (levels.high - levels.low)
@@ -72,48 +73,26 @@ def by_least_loss(weight: Tensor, gram: Tensor, step: Tensor, zero: Tensor | Non
     return codes
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 64, 300, 513])
-def test_the_factor_is_upper_and_its_square_the_inverse(size: int) -> None:
-    gram = gram_of(size)
-    factor = inverse_factor(gram)
-    assert factor.dtype == torch.float32
-    assert torch.equal(factor, factor.triu())
-    assert bool((factor.diagonal() > 0).all())
-    square = factor.double().t() @ factor.double()
-    torch.testing.assert_close(square @ gram.double(), torch.eye(size, dtype=torch.float64), rtol=0, atol=2e-4)
-
-
-def test_huge_inputs_leave_the_factor_of_the_others_exact() -> None:
-    """As language models have them: one input is a thousand times the others, which float32 alone would not survive."""
-    gram = gram_of(256)
-    gram[3] *= 3e3
-    gram[:, 3] *= 3e3
-    expected = torch.linalg.cholesky(torch.linalg.inv(gram.double()), upper=True)
-    torch.testing.assert_close(inverse_factor(gram).double(), expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
-
-
-@pytest.mark.parametrize("what", ["negative", "nan", "inf", "singular"])
-def test_what_has_no_inverse_gives_none(what: str) -> None:
-    gram = torch.eye(8)
-    gram[2, 2] = {"negative": -1.0, "nan": float("nan"), "inf": float("inf"), "singular": 0.0}[what]
-    assert inverse_factor(gram) is None
-
-
 @pytest.mark.parametrize("kind", ["int4", "uint3", "nf4"])
-@pytest.mark.parametrize("block_size", [1, 16, 48])
-def test_codes_are_those_of_least_loss_column_by_column(kind: str, block_size: int) -> None:
+@pytest.mark.parametrize(("block_size", "panel"), [(1, 512), (16, 512), (48, 512), (16, 32), (7, 20), (1, 1)])
+def test_codes_are_those_of_least_loss_column_by_column(
+    monkeypatch: pytest.MonkeyPatch, kind: str, block_size: int, panel: int
+) -> None:
+    monkeypatch.setattr(gptq, "_PANEL", panel)
     weight, _, steps, levels = block_of(48, 20, kind)
     gram = gram_of(48)
     expected = by_least_loss(weight, gram, steps.step, steps.zero, levels)
 
-    def steps_of(start: int, stop: int, columns: Tensor) -> Steps:
+    def steps_of(start: int, stop: int, _: Reached) -> Steps:
         return Steps(steps.step[start:stop], None if steps.zero is None else steps.zero[start:stop])
 
-    codes, loss = gptq_columns(weight.clone(), inverse_factor(gram), steps_of, levels, block_size)
+    left = weight.clone()
+    codes, loss = gptq_columns(left, upper_factor(gram, gram.diagonal()), steps_of, levels, block_size)
     assert torch.equal(codes, expected)
     units = codes.double() if levels.values is None else levels.values[codes.long()].double()
     difference = weight.double() - (units - (0 if steps.zero is None else steps.zero)) * steps.step
     assert float(loss) == pytest.approx(float(((gram.double() @ difference) * difference).sum()), rel=1e-4)
+    torch.testing.assert_close(left.double(), difference, rtol=0, atol=1e-6)
 
 
 def test_rounding_to_nearest_is_something_else() -> None:
@@ -173,28 +152,26 @@ def test_a_block_of_zeros_stays_zero_in_a_codebook() -> None:
     assert rounded.eq(0).all()
 
 
-def test_the_columns_end_as_they_were_when_they_were_rounded() -> None:
-    weight, factor, steps, levels = block_of(48, 6, "int4")
-    left = weight.clone()
-    codes, _ = gptq_columns(left, factor, lambda a, b, _: Steps(steps.step[a:b], None), levels, 16)
-    # Blocks but the first have taken up the errors before them.
-    assert torch.equal(left[:16], weight[:16])
-    assert not torch.equal(left[16:], weight[16:])
-    assert codes.shape == weight.shape
+@pytest.mark.parametrize("panel", [20, 512])
+def test_steps_are_asked_for_with_the_columns_as_they_are_by_then(monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+    """Also columns of later blocks: groups may be wider than these, or lie in two of them."""
+    monkeypatch.setattr(gptq, "_PANEL", panel)
+    weight, _, steps, levels = block_of(48, 6, "int4")
+    gram, seen = gram_of(48), []
 
-
-def test_steps_are_asked_for_with_the_columns_as_they_are_by_then() -> None:
-    weight, factor, steps, levels = block_of(48, 6, "int4")
-    seen = []
-
-    def steps_of(start: int, stop: int, columns: Tensor) -> Steps:
-        seen.append((start, stop, columns[start:stop].clone()))
+    def steps_of(start: int, stop: int, reached: Reached) -> Steps:
+        seen.append((start, stop, reached(start, stop), reached(min(start + 3, stop - 1), 48)))
         return Steps(steps.step[start:stop], None)
 
-    gptq_columns(weight.clone(), factor, steps_of, levels, 20)
-    assert [(a, b) for a, b, _ in seen] == [(0, 20), (20, 40), (40, 48)]
-    assert torch.equal(seen[0][2], weight[:20])
-    assert not torch.equal(seen[2][2], weight[40:])
+    codes, _ = gptq_columns(weight.clone(), upper_factor(gram, gram.diagonal()), steps_of, levels, 20)
+    assert [(a, b) for a, b, *_ in seen] == [(0, 20), (20, 40), (40, 48)]
+    exact, rounded = gram.double(), (codes * steps.step).double()
+    for start, stop, block, rest in seen:
+        # Those of least loss, all before being what they were rounded to.
+        error = exact[start:, :start] @ (rounded[:start] - weight[:start].double())
+        expected = weight[start:].double() - torch.linalg.solve(exact[start:, start:], error)
+        torch.testing.assert_close(block.double(), expected[: stop - start], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rest.double(), expected[min(3, stop - start - 1) :], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["int4", "uint3", "nf4"])

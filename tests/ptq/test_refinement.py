@@ -7,7 +7,8 @@ import torch
 from ptq.test_gptq import CONFIGS, layer
 from torch import Tensor
 
-from lightning_qat.ptq.column_grid import codes_of_levels, column_grid, part_columns, values_of_levels
+from lightning_qat.ops.gptq import values_of_levels
+from lightning_qat.ptq.column_grid import codes_of_levels, column_grid, part_columns
 from lightning_qat.ptq.refinement import refine
 from lightning_qat.ptq.scale_search import search_scales
 from lightning_qat.schemes import CodebookScheme, TensorFormat, get_scheme, rows_of, weight_format
