@@ -1,6 +1,6 @@
-"""The CPU kernels of the codebook formats: exact lookups in small pieces, equal to the definition bit for bit.
+"""The CPU kernels of the codebook formats, equal to the definition bit for bit: compiled ones, or lookups in pieces.
 
-A search among thresholds costs 20 ns an element. Here a ratio becomes the number of one of 65,536 equal cells, which
+What follows is for machines without a compiler, and for float64. A search among thresholds costs 20 ns an element. Here a ratio becomes the number of one of 65,536 equal cells, which
 three cheap passes compute, and a table has the code of each cell. The 8-bit map's CPU rule *is* such a table. With
 4 bits the few cells in which a threshold lies are marked, and what is in them (3 in 10,000 normal values) is searched.
 """
@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_qat.native import codebook as native
 from lightning_qat.ops.chunks import CHUNK, chunks
 from lightning_qat.ops.codebook import (
     EDGE,
@@ -31,6 +32,7 @@ from lightning_qat.ops.codebook_tables import (
     divides_last_block,
     dynamic_tree_step_codes,
     least_absmax,
+    nan_code,
     thresholds,
     zero_code,
 )
@@ -62,15 +64,18 @@ _SEARCH_WORDS = CHUNK
 @codebook_absmax_op.register_kernel("cpu")
 def codebook_absmax_cpu(x: Tensor, name: str, block_size: int, rule: str) -> Tensor:
     """The definition in small pieces."""
-    return _absmax(x.reshape(-1), name, block_size, rule)
+    return _absmax(_flat(x), name, block_size, rule)
 
 
 @codebook_quantize_op.register_kernel("cpu")
 def codebook_quantize_cpu(
     x: Tensor, absmax: Tensor | None, name: str, block_size: int, rule: str
 ) -> tuple[Tensor, Tensor]:
-    """The definition by lookup."""
-    flat = x.reshape(-1)
+    """The definition in one pass, or by lookup."""
+    flat, given = _flat(x), None if absmax is None else _flat(absmax)
+    scale, stored = _floats(-(-x.numel() // block_size)), _empty_codes(x.numel(), name)
+    if native.quantize(flat, given, scale, stored, block_size, _rule(name, rule)):
+        return stored, scale
     absmax = _absmax(flat, name, block_size, rule) if absmax is None else absmax.reshape(-1).clone()
     codes = _codes(flat, absmax, name, block_size, rule)
     return (_pack(codes, flat.numel()) if CODEBOOK_BITS[name] == 4 else codes), absmax
@@ -90,11 +95,13 @@ def codebook_dequantize_cpu(
 def codebook_fake_quantize_cpu(
     x: Tensor, absmax: Tensor, stored: Tensor | None, name: str, block_size: int, rule: str
 ) -> Tensor:
-    """The definition by way of packed codes, which are the quickest to turn into values."""
+    """The definition in one pass, or by way of packed codes, which are the quickest to turn into values."""
+    result, flat, scale = empty_result(x, 1), _flat(x), _flat(absmax)
+    values = scale if stored is None else _flat(stored)
+    if native.fake_quantize(flat, scale, values, result, block_size, _rule(name, rule)):
+        return match_layout(result, x)
     packed, scale = codebook_quantize_cpu(x, absmax, name, block_size, rule)
-    result = empty_result(x, 1)
-    flat = x.reshape(-1)
-    _write_values(packed, scale if stored is None else stored.reshape(-1), name, block_size, result.view(-1))
+    _write_values(packed, values, name, block_size, result.view(-1))
     _keep_nan(flat, result.view(-1))
     return match_layout(result, x)
 
@@ -105,8 +112,10 @@ def codebook_fake_quantize_backward_cpu(grad: Tensor, x: Tensor, absmax: Tensor,
     if grad.dtype == torch.float64 or x.numel() == 0:
         return reference_fake_quantize_backward(grad, x, absmax, block_size)
     result = empty_result(x, 1)
-    target, values, grads = result.view(-1), x.reshape(-1), grad.reshape(-1)
-    limits = (absmax.reshape(-1) * EDGE).unsqueeze(1)
+    target, values, grads = result.view(-1), _flat(x), _flat(grad)
+    limits = (_flat(absmax) * EDGE).unsqueeze(1)
+    if native.gradient(grads, values, limits, target, block_size):
+        return match_layout(result, x)
     scratch, spare = _floats(CHUNK), _floats(CHUNK if grad.dtype != torch.float32 else 0)
     for part, blocks in chunks(values.numel(), block_size):
         margin = scratch[: part.stop - part.start]
@@ -129,6 +138,11 @@ def _floats(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.float32)
 
 
+def _flat(x: Tensor) -> Tensor:
+    """Return ``x`` in contiguous order, as it is where that is how it lies."""
+    return x.contiguous().view(-1)
+
+
 def _copy_abs(values: Tensor, out: Tensor) -> None:
     if values.dtype == torch.float32:
         torch.abs(values, out=out)
@@ -137,19 +151,43 @@ def _copy_abs(values: Tensor, out: Tensor) -> None:
 
 
 def _absmax(flat: Tensor, name: str, block_size: int, rule: str) -> Tensor:
+    least = least_absmax(name, rule) if divides_last_block(name, rule) else 0.0
+    found = _floats(-(-flat.numel() // block_size))
+    if native.block_absmax(flat, found, block_size, least):
+        return found
     if block_size > CHUNK or not flat.numel():
         return reference_absmax(flat, name, block_size, rule)
-    absmax, scratch = _floats(-(-flat.numel() // block_size)), _floats(CHUNK)
+    scratch = _floats(CHUNK)
     for part, blocks in chunks(flat.numel(), block_size):
         magnitudes = scratch[: part.stop - part.start]
         _copy_abs(flat[part], magnitudes)
-        torch.amax(magnitudes.view(blocks.stop - blocks.start, -1), dim=1, out=absmax[blocks])
+        torch.amax(magnitudes.view(blocks.stop - blocks.start, -1), dim=1, out=found[blocks])
     if flat.numel() % block_size and divides_last_block(name, rule):
-        absmax[-1:].clamp_min_(least_absmax(name, rule))
-    return absmax
+        found[-1:].clamp_min_(least)
+    return found
 
 
 # --- codes ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _rule(name: str, rule: str) -> native.Rule:
+    return native.Rule(
+        thresholds=thresholds(name, rule, "cpu"),
+        codes=bin_codes(name, rule, "cpu"),
+        values=codebook_values(name, "cpu"),
+        steps=_step_table() if name == "dynamic_tree" and rule == "cpu" else None,
+        bits=CODEBOOK_BITS[name],
+        nan_code=nan_code(name, rule),
+        fill_code=zero_code(name),
+        least=least_absmax(name, rule),
+        divides=divides_last_block(name, rule),
+    )
+
+
+def _empty_codes(count: int, name: str) -> Tensor:
+    size = (count + 1) // 2 if CODEBOOK_BITS[name] == 4 else count
+    return advise_huge_pages(torch.empty(size, dtype=torch.uint8))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Stored bytes straight to scaled values on the CPU: a table has both values of two 4-bit codes.
 
-Pieces stay in a core's own cache, and their views are made all at once: cut one by one they took a quarter of the
+Where there is no compiled kernel, pieces stay in a core's own cache, and their views are made all at once: cut one by one they took a quarter of the
 time. A table for two bytes, of four values, has 1 MB, and the look-ups in it took longer than twice as many in 2 KB.
 """
 
@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_qat.native import lookup as native
 from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.threads import in_threads, parts_of, shares
 
@@ -25,13 +26,23 @@ def write_lookups(
 
     Args:
         table: 256 entries: float32, or of two float32 as one float64, which is only ever copied.
-        stored: uint8, one-dimensional. With two values to a byte, ``run`` is even or there is one run.
+        stored: uint8, one-dimensional, for all of ``result``. With two values to a byte, ``run`` is even or there is
+            one run.
         scale: float32 ``[runs]``.
         zero_point: float32 like ``scale``, or None for 0.
         run: consecutive elements that share a scale; the last run may be shorter.
         result: one-dimensional, contiguous, floating point.
     """
     count, per_byte = len(result), table.element_size() // 4
+    if native.write_lookups(
+        table,
+        stored.contiguous(),
+        scale.contiguous(),
+        None if zero_point is None else zero_point.contiguous(),
+        run,
+        result,
+    ):
+        return
     stored, scale = stored.detach(), scale.detach().unsqueeze(1)
     zero = None if zero_point is None else zero_point.detach().unsqueeze(1)
     for start, stop, row, runs in _even_stretches(count, run):
