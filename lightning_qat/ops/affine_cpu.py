@@ -1,4 +1,4 @@
-"""Integer codes and back on the CPU, in small pieces; equal to :mod:`lightning_qat.ops.affine` bit for bit.
+"""Integer codes and back on the CPU, compiled or in small pieces; as :mod:`lightning_qat.ops.affine`, bit for bit.
 
 For layouts in which the elements that share a scale lie next to each other, and codes of up to 8 bits.
 """
@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_qat.native import affine as native
 from lightning_qat.ops.chunks import CHUNK, chunks
 from lightning_qat.ops.workspace import advise_huge_pages
 
@@ -37,6 +38,11 @@ def run_of(x: Tensor, axis: int, group: int) -> int | None:
     return prod(x.shape[1:]) if axis == 0 else None
 
 
+def whole(zero: Tensor | None) -> Tensor | None:
+    """Return whole numbers as the kernels read them."""
+    return None if zero is None else zero.detach().contiguous()
+
+
 def quantize_pieces(
     x: Tensor, scale: Tensor, zero: Tensor | None, quant_min: int, quant_max: int, run: int, dtype: torch.dtype
 ) -> Tensor:
@@ -51,8 +57,10 @@ def quantize_pieces(
         run: elements that share a scale.
         dtype: int8 or uint8.
     """
-    flat, result = x.detach().reshape(-1), torch.empty(x.numel(), dtype=dtype)
-    steps = scale.detach().reshape(-1, 1).to(torch.float32)
+    flat, result = x.detach().contiguous().view(-1), advise_huge_pages(torch.empty(x.numel(), dtype=dtype))
+    steps = scale.detach().contiguous().view(-1, 1).to(torch.float32)
+    if native.quantize(flat, steps, whole(zero), run, result, quant_min, quant_max, nibbles=False):
+        return result.view(x.shape)
     low, high, shift = None, None, None
     if zero is not None:
         zero = zero.reshape(-1, 1)
@@ -87,8 +95,10 @@ def dequantize_pieces(codes: Tensor, scale: Tensor, zero: Tensor | None, run: in
         run: elements that share a scale.
         dtype: of the result, floating point.
     """
-    flat, result = codes.reshape(-1), advise_huge_pages(torch.empty(codes.numel(), dtype=dtype))
-    steps = scale.reshape(-1, 1).to(torch.float32)
+    flat, result = codes.contiguous().view(-1), advise_huge_pages(torch.empty(codes.numel(), dtype=dtype))
+    steps = scale.contiguous().view(-1, 1).to(torch.float32)
+    if native.dequantize(flat, steps, whole(zero), run, result):
+        return result.view(codes.shape)
     zero = None if zero is None else zero.reshape(-1, 1)
     scratch = torch.empty(min(codes.numel(), CHUNK), dtype=torch.float32)
     for part, runs in chunks(codes.numel(), run):

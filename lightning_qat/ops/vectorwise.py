@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qat.native import affine as native_affine
+from lightning_qat.native import vectorwise as native
 from lightning_qat.ops.affine_cpu import dequantize_pieces, takes_pieces
 from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.layout import match_layout
@@ -67,7 +69,7 @@ def dequantize_vectorwise(codes: Tensor, row_absmax: Tensor, dtype: torch.dtype 
         )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not allowed; use a floating-point dtype")
-    return _values(codes, row_absmax).to(dtype)
+    return _values(codes, row_absmax, dtype)
 
 
 def fake_quantize_vectorwise(x: Tensor, threshold: float = 0.0) -> Tensor:
@@ -107,13 +109,16 @@ def _factors(absmax: Tensor) -> Tensor:
     return 127.0 / absmax.unsqueeze(1)
 
 
-def _values(codes: Tensor, absmax: Tensor) -> Tensor:
+def _values(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     if not codes.numel() or not takes_pieces(codes, absmax):
-        return codes * absmax.view(-1, 1) * PER_CODE
+        return (codes * absmax.view(-1, 1) * PER_CODE).to(dtype)
+    found = advise_huge_pages(torch.empty(codes.shape, dtype=dtype))
+    if native_affine.dequantize(codes.contiguous(), absmax.contiguous(), None, codes.shape[1], found, PER_CODE):
+        return found
     values = dequantize_pieces(codes, absmax, None, codes.shape[1], torch.float32)
     for piece in values.view(-1).split(CHUNK):
         piece.mul_(PER_CODE)
-    return values
+    return values.to(dtype)
 
 
 def reference_quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +138,7 @@ def reference_fake_quantize(x: Tensor, threshold: float) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     codes, absmax, is_outlier = reference_quantize(x.reshape(-1, x.shape[-1]), threshold)
-    values = _values(codes, absmax).to(x.dtype).view(x.shape)
+    values = _values(codes, absmax, x.dtype).view(x.shape)
     return match_layout(torch.where(is_outlier | x.isnan(), x, values), x)
 
 
@@ -179,17 +184,19 @@ vectorwise_fake_quantize_op.register_autograd(_backward)
 
 @vectorwise_quantize_op.register_kernel("cpu")
 def vectorwise_quantize_cpu(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition in pieces that stay in a core's cache."""
+    """The definition row by row, or in pieces that stay in a core's cache."""
     rows, columns = x.shape
     codes = advise_huge_pages(torch.empty(rows, columns, dtype=torch.int8))
     absmax = torch.zeros(rows, dtype=torch.float32)
     is_outlier = torch.zeros(columns, dtype=torch.bool)
     if x.numel() == 0:
         return codes, absmax, is_outlier
+    limit = torch.tensor(threshold, dtype=torch.float16).item()
+    if native.quantize(x.contiguous(), codes, absmax, is_outlier, limit if threshold > 0 else None):
+        return _without(codes, is_outlier) if threshold > 0 else codes, absmax, is_outlier
     step = max(1, CHUNK // columns)
     memory = torch.empty(2, min(step, rows), columns, dtype=torch.float32)
     halves = torch.empty(0 if x.dtype == torch.float16 else len(memory[0]), columns, dtype=torch.float16)
-    limit = torch.tensor(threshold, dtype=torch.float16).item()
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         values, magnitudes = (m[: part.stop - start] for m in memory)
@@ -203,9 +210,11 @@ def vectorwise_quantize_cpu(x: Tensor, threshold: float) -> tuple[Tensor, Tensor
             torch.amax(torch.abs(values, out=magnitudes), dim=1, out=absmax[part])
         values.mul_(_factors(absmax[part])).add_(_ROUNDING).sub_(_ROUNDING)
         codes[part].copy_(values.nan_to_num_(nan=0.0))
-    if threshold > 0:
-        codes.index_fill_(1, is_outlier.nonzero().view(-1), 0)
-    return codes, absmax, is_outlier
+    return _without(codes, is_outlier) if threshold > 0 else codes, absmax, is_outlier
+
+
+def _without(codes: Tensor, is_outlier: Tensor) -> Tensor:
+    return codes.index_fill_(1, is_outlier.nonzero().view(-1), 0)
 
 
 @vectorwise_fake_quantize_op.register_kernel("cpu")
@@ -216,6 +225,8 @@ def vectorwise_fake_quantize_cpu(x: Tensor, threshold: float) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     codes, absmax, is_outlier = vectorwise_quantize_cpu(rows, threshold)
     result = advise_huge_pages(torch.empty(rows.shape, dtype=x.dtype))
+    if native_affine.dequantize(codes, absmax, None, rows.shape[1], result, PER_CODE):
+        return match_layout(_kept(rows, absmax, is_outlier, result).view(x.shape), x)
     step = max(1, CHUNK // rows.shape[1])
     memory = torch.empty(min(step, len(rows)), rows.shape[1], dtype=torch.float32)
     for start in range(0, len(rows), step):
@@ -223,10 +234,15 @@ def vectorwise_fake_quantize_cpu(x: Tensor, threshold: float) -> Tensor:
         values = memory[: part.stop - start].copy_(codes[part])
         values.mul_(absmax[part].unsqueeze(1)).mul_(PER_CODE)
         result[part].copy_(values)
-        # A row with a NaN that is no outlier has an absmax of NaN.
-        if bool(absmax[part].isnan().any()):
-            result[part] = torch.where(rows[part].isnan(), rows[part], result[part])
-    kept = is_outlier.nonzero().view(-1)
+    return match_layout(_kept(rows, absmax, is_outlier, result).view(x.shape), x)
+
+
+def _kept(rows: Tensor, absmax: Tensor, is_outlier: Tensor, result: Tensor) -> Tensor:
+    """Return ``result`` with what ``rows`` has where there is no code: NaN and outlier columns."""
+    # A row with a NaN that is no outlier has an absmax of NaN.
+    bad, kept = absmax.isnan().nonzero().view(-1), is_outlier.nonzero().view(-1)
+    if len(bad):
+        result[bad] = torch.where(rows[bad].isnan(), rows[bad], result[bad])
     if len(kept):
         result[:, kept] = rows[:, kept]
-    return match_layout(result.view(x.shape), x)
+    return result

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_qat.native import vectorwise as native
 from lightning_qat.ops.chunks import CHUNK, chunks
 
 #: Added to float32 of up to 2**22 it rounds half to even, as ``torch.round`` does, into the lowest bits.
@@ -51,9 +52,9 @@ def vectorwise_codes_op(x: Tensor, absmax: Tensor) -> Tensor:
 
 @vectorwise_codes_op.register_kernel("cpu")
 def vectorwise_codes_cpu(x: Tensor, absmax: Tensor) -> Tensor:
-    """The definition in small pieces."""
+    """The definition in one pass, or in small pieces."""
     codes = torch.empty(x.shape, dtype=torch.int8)
-    if not x.numel():
+    if not x.numel() or native.codes_of(x.contiguous(), absmax.contiguous(), codes):
         return codes
     flat, result, factors = x.reshape(-1), codes.view(-1), (127.0 / absmax).unsqueeze(1)
     scratch, halves = (

@@ -1,0 +1,58 @@
+"""Vector-wise int8 on the CPU: the absmax of a row and its codes while it is in the cache.
+
+Matrices are contiguous. Where the compiler has no float16 there is no kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.native.library import Family, threads_for
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_FAMILY = Family(
+    "vectorwise",
+    {
+        f"{name}_{dtype}": letters
+        for dtype in _NAMES.values()
+        for name, letters in {"quantize": "pppqqpfpi", "codes": "pppqqi"}.items()
+    },
+)
+
+
+def _find(name: str, x: Tensor) -> Any:
+    functions, dtype = _FAMILY.functions(), _NAMES.get(x.dtype)
+    return None if functions is None or dtype is None or not x.numel() else getattr(functions, f"{name}_{dtype}")
+
+
+def quantize(x: Tensor, codes: Tensor, absmax: Tensor, is_outlier: Tensor, limit: float | None) -> bool:
+    """Write the codes and the absmax of each row; return whether it was done.
+
+    Args:
+        x: ``[R, C]``.
+        codes: int8 ``[R, C]``; those of outliers are 0, those beside them in a column are not.
+        absmax: float32 ``[R]``, without outliers.
+        is_outlier: bool ``[C]``; set where a column has one, and left where it has none.
+        limit: magnitudes of at least this are outliers, rounded as float16 does.
+    """
+    function = _find("quantize", x)
+    if function is None:
+        return False
+    rows, columns = x.shape
+    threads = threads_for(x.numel())
+    memory = torch.empty(threads, columns, dtype=torch.float32)
+    addresses = x.data_ptr(), codes.data_ptr(), absmax.data_ptr(), rows, columns, is_outlier.data_ptr()
+    function(*addresses, -1.0 if limit is None else limit, memory.data_ptr(), threads)
+    return True
+
+
+def codes_of(x: Tensor, absmax: Tensor, codes: Tensor) -> bool:
+    """Write the codes of ``x``, ``[R, C]``, whose rows have these scales; return whether it was done."""
+    function = _find("codes", x)
+    if function is None:
+        return False
+    function(x.data_ptr(), absmax.data_ptr(), codes.data_ptr(), *x.shape, threads_for(x.numel()))
+    return True
