@@ -93,11 +93,8 @@ def _same(tensors: list[_Seen], buffers: dict[str, Tensor | None]) -> bool:
     return True
 
 
-def reference_reason(layer: QuantizedLayer) -> str | None:
-    """Return why ``layer`` cannot compute with integers as it stands, or None; looks at metadata only."""
-    weight, grid = layer.weight_format, layer.input_format
-    if grid is None and not isinstance(layer, nn.Linear):
-        return "weight-only"
+def state_reason(layer: QuantizedLayer) -> str | None:
+    """Return why ``layer`` takes the reference path as it stands, whatever its formats are, or None."""
     if layer.training:
         return "training mode"
     buffers = [buffer for name in _TENSORS if (buffer := layer._buffers.get(name)) is not None]
@@ -107,8 +104,17 @@ def reference_reason(layer: QuantizedLayer) -> str | None:
         return "built in inference mode"  # changes in place are not counted
     if layer.weight_dtype not in _DTYPES:
         return f"computes in {str(layer.weight_dtype).removeprefix('torch.')}"
-    if layer.weight_shape.numel() == 0:
-        return "no weights"
+    return "no weights" if layer.weight_shape.numel() == 0 else None
+
+
+def reference_reason(layer: QuantizedLayer) -> str | None:
+    """Return why ``layer`` cannot compute with integers as it stands, or None; looks at metadata only."""
+    weight, grid = layer.weight_format, layer.input_format
+    if grid is None and not isinstance(layer, nn.Linear):
+        return "weight-only"
+    reason = state_reason(layer)
+    if reason is not None:
+        return reason
     if _is_llm_int8(weight) and isinstance(layer, nn.Linear) and (grid is None or _is_llm_int8(grid)):
         return None if layer.weight_shape[1] <= MAX_TERMS else f"sums of more than {MAX_TERMS} products"
     return _weight_reason(weight, layer) or (None if grid is None else _input_reason(grid))

@@ -110,7 +110,7 @@ def linear_by_ops(layer: QuantizedLayer, x: Tensor, bias: Tensor | None) -> Tens
     """Return what the kernel of :func:`triton_kernel` does, in ops; :func:`takes_ops` holds."""
     product, flat = _product(layer), x.reshape(-1, x.shape[-1])
     if product == "w4a16":
-        scale, zero, size, name = _groups(layer)
+        scale, zero, size, name = four_bit_groups(layer)
         result = w4a16_matmul_op(flat, layer.weight_packed, scale, zero, bias, layer.weight_shape[0], size, name)
     else:
         weight = (layer.codes, layer.weight_scale.reshape(-1))
@@ -138,7 +138,7 @@ def triton_kernel(layer: QuantizedLayer) -> TritonKernel | None:
     return _per_token(layer) if execution == "triton int8 per token" else _static(layer)
 
 
-def _groups(layer: QuantizedLayer) -> tuple[Tensor, Tensor | None, int, str | None]:
+def four_bit_groups(layer: QuantizedLayer) -> tuple[Tensor, Tensor | None, int, str | None]:
     """Return scale and zero point of the groups of a 4-bit weight, their size, and the name of the codebook."""
     fmt, (rows, columns) = layer.weight_format, layer.weight_shape
     size: Any = fmt.block_size or int4_run(layer.weight_shape, fmt.axis, fmt.group_size)
@@ -163,7 +163,7 @@ def _weight_only(layer: QuantizedLayer) -> TritonKernel:
     from lightning_qat.kernels.w4a16_matmul import launch_w4a16_matmul
 
     packed, signed, (rows, columns) = layer.weight_packed, layer.weight_format.symmetric, layer.weight_shape
-    scale, zero, size, name = _groups(layer)
+    scale, zero, size, name = four_bit_groups(layer)
     table = None if name is None else codebook(name, packed.device)
     owner = weakref.ref(layer)  # which keeps the kernel
 
