@@ -91,7 +91,7 @@ def quantize(flat: Tensor, given: Tensor | None, absmax: Tensor, stored: Tensor,
 
 
 def fake_quantize(x: Tensor, absmax: Tensor, stored: Tensor, out: Tensor, block_size: int, rule: Rule) -> bool:
-    """Write the values of codes chosen with ``absmax``, computed with ``stored``, into ``out`` of the dtype of ``x``."""
+    """Write values of codes chosen with ``absmax``, computed with ``stored``, into ``out``, of one dtype with ``x``."""
     function = _find("fake_quantize", x)
     if function is None:
         return False

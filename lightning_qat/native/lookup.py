@@ -25,7 +25,7 @@ def write_lookups(
         result: contiguous, not empty.
     """
     functions, name = _FAMILY.functions(), _NAMES.get(result.dtype)
-    if functions is None or name is None:
+    if functions is None or name is None or not result.is_cpu:
         return False
     function = getattr(functions, f"{'values' if table.element_size() == 4 else 'pairs'}_{name}")
     if function is None:

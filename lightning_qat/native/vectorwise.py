@@ -43,7 +43,7 @@ def quantize(x: Tensor, codes: Tensor, absmax: Tensor, is_outlier: Tensor, limit
         return False
     rows, columns = x.shape
     threads = threads_for(x.numel())
-    memory = torch.empty(threads, columns, dtype=torch.float32)
+    memory = torch.empty(threads, columns, dtype=torch.float32, device="cpu")
     addresses = x.data_ptr(), codes.data_ptr(), absmax.data_ptr(), rows, columns, is_outlier.data_ptr()
     function(*addresses, -1.0 if limit is None else limit, memory.data_ptr(), threads)
     return True

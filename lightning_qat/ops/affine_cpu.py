@@ -57,7 +57,8 @@ def quantize_pieces(
         run: elements that share a scale.
         dtype: int8 or uint8.
     """
-    flat, result = x.detach().contiguous().view(-1), advise_huge_pages(torch.empty(x.numel(), dtype=dtype))
+    flat = x.detach().contiguous().view(-1)
+    result = advise_huge_pages(torch.empty(x.numel(), dtype=dtype, device="cpu"))
     steps = scale.detach().contiguous().view(-1, 1).to(torch.float32)
     if native.quantize(flat, steps, whole(zero), run, result, quant_min, quant_max, nibbles=False):
         return result.view(x.shape)
@@ -95,7 +96,8 @@ def dequantize_pieces(codes: Tensor, scale: Tensor, zero: Tensor | None, run: in
         run: elements that share a scale.
         dtype: of the result, floating point.
     """
-    flat, result = codes.contiguous().view(-1), advise_huge_pages(torch.empty(codes.numel(), dtype=dtype))
+    flat = codes.contiguous().view(-1)
+    result = advise_huge_pages(torch.empty(codes.numel(), dtype=dtype, device="cpu"))
     steps = scale.contiguous().view(-1, 1).to(torch.float32)
     if native.dequantize(flat, steps, whole(zero), run, result):
         return result.view(codes.shape)

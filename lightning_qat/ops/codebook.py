@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.affine_cpu import takes_pieces
 from lightning_qat.ops.codebook_tables import (
     CODEBOOK_BITS,
     bin_codes,
@@ -280,13 +281,16 @@ def reference_fake_quantize_backward(grad: Tensor, x: Tensor, absmax: Tensor, bl
 def _quantize_stochastically(
     x: Tensor, absmax: Tensor, name: str, block_size: int, rule: str, generator: torch.Generator | None
 ) -> Tensor:
+    noise = torch.rand(x.numel(), generator=generator, device=x.device, dtype=torch.float32)
+    drawn = _cpu.drawn_codes(x, absmax, noise, name, block_size, rule) if takes_pieces(x, absmax) else None
+    if drawn is not None:
+        return drawn.view(x.shape)
     ratios = reference_ratios(x.reshape(-1), absmax, name, block_size, rule)
     order = bin_codes(name, rule, x.device)
     values = codebook_values(name, x.device)[order.to(torch.int64)]
     below = (torch.bucketize(ratios, values, right=True) - 1).clamp(0, len(values) - 2)
     # Between the two zeros of fp4 there is no distance, and no ratio that is not 0.0 already.
     upward = (ratios - values[below]) / (values[below + 1] - values[below])
-    noise = torch.rand(ratios.shape, generator=generator, device=x.device, dtype=ratios.dtype)
     codes = order[below + (noise < upward)].masked_fill(ratios.isnan(), nan_code(name, rule))
     return codes.view(x.shape)
 
@@ -372,5 +376,5 @@ codebook_fake_quantize_op.register_autograd(_backward, setup_context=_setup_cont
 
 
 # The kernels of the CPU and of CUDA register themselves; they need what is defined above.
-from lightning_qat.ops import codebook_cpu as _cpu  # noqa: E402, F401
+from lightning_qat.ops import codebook_cpu as _cpu  # noqa: E402
 from lightning_qat.ops import codebook_cuda as _cuda  # noqa: E402, F401

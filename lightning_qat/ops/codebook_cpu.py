@@ -1,8 +1,9 @@
 """The CPU kernels of the codebook formats, equal to the definition bit for bit: compiled ones, or lookups in pieces.
 
-What follows is for machines without a compiler, and for float64. A search among thresholds costs 20 ns an element. Here a ratio becomes the number of one of 65,536 equal cells, which
-three cheap passes compute, and a table has the code of each cell. The 8-bit map's CPU rule *is* such a table. With
-4 bits the few cells in which a threshold lies are marked, and what is in them (3 in 10,000 normal values) is searched.
+The latter are for machines without a compiler, and for float64. A search among thresholds costs 20 ns an element. There
+a ratio becomes the number of one of 65,536 equal cells, which three cheap passes compute, and a table has the code of
+each cell. The 8-bit map's CPU rule *is* such a table. With 4 bits the few cells in which a threshold lies are marked,
+and what is in them (3 in 10,000 normal values) is searched.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def codebook_dequantize_cpu(
     packed: Tensor, absmax: Tensor, numel: int, name: str, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The definition with two 4-bit codes looked up at once."""
-    result = advise_huge_pages(torch.empty(numel, dtype=dtype))
+    result = advise_huge_pages(torch.empty(numel, dtype=dtype, device="cpu"))
     _write_values(packed.reshape(-1), absmax.reshape(-1), name, block_size, result)
     return result
 
@@ -131,11 +132,34 @@ def codebook_fake_quantize_backward_cpu(grad: Tensor, x: Tensor, absmax: Tensor,
     return match_layout(result, x)
 
 
+def drawn_codes(x: Tensor, absmax: Tensor, noise: Tensor, name: str, block_size: int, rule: str) -> Tensor | None:
+    """Return codes rounded stochastically, flat, in one pass; None where that takes the definition.
+
+    Args:
+        x: floating point, any shape and strides.
+        absmax: one for each block.
+        noise: one number of 0 to 1 for each value, flat.
+        name: of the codebook.
+        block_size: consecutive elements that share a scale.
+        rule: "cpu" or "cuda".
+    """
+    codes = advise_huge_pages(torch.empty(x.numel(), dtype=torch.uint8, device="cpu"))
+    chosen = _rule(name, rule)
+    drawn = native.draw(_flat(x), _flat(absmax), noise, _ordered(name, rule), codes, block_size, chosen)
+    return codes if drawn else None
+
+
+@lru_cache(maxsize=8)
+def _ordered(name: str, rule: str) -> Tensor:
+    """Return the values of the bins."""
+    return codebook_values(name, "cpu")[bin_codes(name, rule, "cpu").long()]
+
+
 # --- pieces ---------------------------------------------------------------------------------------
 
 
 def _floats(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.float32)
+    return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -187,7 +211,7 @@ def _rule(name: str, rule: str) -> native.Rule:
 
 def _empty_codes(count: int, name: str) -> Tensor:
     size = (count + 1) // 2 if CODEBOOK_BITS[name] == 4 else count
-    return advise_huge_pages(torch.empty(size, dtype=torch.uint8))
+    return advise_huge_pages(torch.empty(size, dtype=torch.uint8, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -231,7 +255,7 @@ class _Work:
 def _codes(flat: Tensor, absmax: Tensor, name: str, block_size: int, rule: str) -> Tensor:
     """Return the codes, with whole words in memory: the last is filled up with the code of 0.0."""
     count = flat.numel()
-    memory = torch.empty(-(-count // 8) * 8, dtype=torch.uint8)
+    memory = torch.empty(-(-count // 8) * 8, dtype=torch.uint8, device="cpu")
     codes = memory[:count]
     memory[count:].fill_(zero_code(name))
     work = _Work(flat, absmax, name, block_size, rule)
@@ -317,7 +341,7 @@ def _search_all(memory: Tensor, work: _Work) -> None:
 
 def _pack(codes: Tensor, count: int) -> Tensor:
     """Return two codes a byte, the even one in the high nibble. Changes nothing beyond ``codes``' memory."""
-    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device="cpu")
     pairs = codes.as_strided((2 * len(packed),), (1,)).view(torch.int16)
     scratch = torch.empty(min(len(packed), CHUNK), dtype=torch.int16)
     for start in range(0, len(packed), CHUNK):

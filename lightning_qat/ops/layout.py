@@ -267,7 +267,7 @@ def empty_result(x: Tensor, group: int) -> Tensor:
     taken = take(x) if x.is_contiguous() or not group else None
     if taken is not None:
         return taken
-    return advise_huge_pages(torch.empty(x.shape, dtype=x.dtype) if group else torch.empty_like(x))
+    return advise_huge_pages(torch.empty(x.shape, dtype=x.dtype, device=x.device) if group else torch.empty_like(x))
 
 
 def empty_scratch(result: Tensor, limit: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Stored bytes straight to scaled values on the CPU: a table has both values of two 4-bit codes.
 
-Where there is no compiled kernel, pieces stay in a core's own cache, and their views are made all at once: cut one by one they took a quarter of the
-time. A table for two bytes, of four values, has 1 MB, and the look-ups in it took longer than twice as many in 2 KB.
+Compiled where there is a kernel. Else pieces stay in a core's own cache, and their views are made all at once: cut one
+by one they took a quarter of the time. A table for two bytes, of four values, has 1 MB, and the look-ups in it took
+longer than twice as many in 2 KB.
 """
 
 from __future__ import annotations

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_qat.native import packing as native
+from lightning_qat.ops.affine_cpu import takes_pieces
 from lightning_qat.ops.codebook_tables import zero_code
+from lightning_qat.ops.workspace import advise_huge_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +25,10 @@ def pack_nibbles(codes: Tensor, codebook: str = "nf4") -> Tensor:
         codebook: an odd number of codes is filled up with the code of 0.0 in this format, as bitsandbytes does.
     """
     flat = codes.reshape(-1)
+    if codes.dtype == torch.uint8 and takes_pieces(codes):
+        packed = advise_huge_pages(torch.empty((len(flat) + 1) // 2, dtype=torch.uint8, device="cpu"))
+        if native.pack_nibbles(flat.contiguous(), packed, zero_code(codebook)):
+            return packed
     if flat.numel() % 2:
         flat = torch.cat((flat, flat.new_full((1,), zero_code(codebook))))
     return (flat[::2] << 4) | flat[1::2]
@@ -40,4 +47,8 @@ def unpack_nibbles(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"{(count + 1) // 2} of torch.uint8"
         )
     flat = packed.reshape(-1)
+    if takes_pieces(packed):
+        codes = advise_huge_pages(torch.empty(tuple(shape), dtype=torch.uint8, device="cpu"))
+        if native.unpack_nibbles(flat.contiguous(), codes):
+            return codes
     return torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:count].reshape(tuple(shape))

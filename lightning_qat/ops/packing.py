@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_qat.native import packing as native
 from lightning_qat.ops.affine import codes_dtype
+from lightning_qat.ops.affine_cpu import takes_pieces
+from lightning_qat.ops.workspace import advise_huge_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: Runs of 8 codes that the 3, 5, 6 and 7 bit paths expand to 64-bit integers at a time: 4 MiB of scratch.
 _CHUNK_RUNS = 64 * 1024
+_BYTES = (torch.int8, torch.uint8)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -55,7 +59,12 @@ def pack_bits(codes: Tensor, bits: int, *, signed: bool) -> Tensor:
     if bits == 8:
         # Adding 128 modulo 256 is flipping the highest bit.
         return flat.to(torch.uint8, copy=True).bitwise_xor_(offset)
-    unsigned = (flat.to(torch.int8) + offset).view(torch.uint8)
+    narrow = flat.contiguous() if flat.dtype in _BYTES else flat.to(torch.int8)
+    if takes_pieces(codes):
+        packed = advise_huge_pages(torch.empty(size, dtype=torch.uint8, device="cpu"))
+        if native.pack_bits(narrow, packed, bits, offset):
+            return packed
+    unsigned = (narrow.to(torch.int8) + offset).view(torch.uint8)
     return _pack_within_byte(unsigned, bits) if bits in (2, 4) else _pack_across_bytes(unsigned, bits, size)
 
 
@@ -87,6 +96,10 @@ def unpack_bits(packed: Tensor, bits: int, shape: Sequence[int], *, signed: bool
         return codes.to(dtype).reshape(tuple(shape))
     if bits == 8:
         return packed.bitwise_xor(offset).view(dtype).reshape(tuple(shape))
+    if takes_pieces(packed):
+        codes = advise_huge_pages(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
+        if native.unpack_bits(packed.contiguous(), codes, bits, offset):
+            return codes
     unsigned = _unpack_within_byte(packed, bits) if bits in (2, 4) else _unpack_across_bytes(packed, bits, count)
     return (unsigned[:count].view(torch.int8) - offset).view(dtype).reshape(tuple(shape))
 

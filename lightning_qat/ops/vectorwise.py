@@ -112,7 +112,7 @@ def _factors(absmax: Tensor) -> Tensor:
 def _values(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     if not codes.numel() or not takes_pieces(codes, absmax):
         return (codes * absmax.view(-1, 1) * PER_CODE).to(dtype)
-    found = advise_huge_pages(torch.empty(codes.shape, dtype=dtype))
+    found = advise_huge_pages(torch.empty(codes.shape, dtype=dtype, device="cpu"))
     if native_affine.dequantize(codes.contiguous(), absmax.contiguous(), None, codes.shape[1], found, PER_CODE):
         return found
     values = dequantize_pieces(codes, absmax, None, codes.shape[1], torch.float32)
@@ -186,17 +186,17 @@ vectorwise_fake_quantize_op.register_autograd(_backward)
 def vectorwise_quantize_cpu(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """The definition row by row, or in pieces that stay in a core's cache."""
     rows, columns = x.shape
-    codes = advise_huge_pages(torch.empty(rows, columns, dtype=torch.int8))
-    absmax = torch.zeros(rows, dtype=torch.float32)
-    is_outlier = torch.zeros(columns, dtype=torch.bool)
+    codes = advise_huge_pages(torch.empty(rows, columns, dtype=torch.int8, device="cpu"))
+    absmax = torch.zeros(rows, dtype=torch.float32, device="cpu")
+    is_outlier = torch.zeros(columns, dtype=torch.bool, device="cpu")
     if x.numel() == 0:
         return codes, absmax, is_outlier
     limit = torch.tensor(threshold, dtype=torch.float16).item()
     if native.quantize(x.contiguous(), codes, absmax, is_outlier, limit if threshold > 0 else None):
         return _without(codes, is_outlier) if threshold > 0 else codes, absmax, is_outlier
     step = max(1, CHUNK // columns)
-    memory = torch.empty(2, min(step, rows), columns, dtype=torch.float32)
-    halves = torch.empty(0 if x.dtype == torch.float16 else len(memory[0]), columns, dtype=torch.float16)
+    memory = torch.empty(2, min(step, rows), columns, dtype=torch.float32, device="cpu")
+    halves = torch.empty(0 if x.dtype == torch.float16 else len(memory[0]), columns, dtype=torch.float16, device="cpu")
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         values, magnitudes = (m[: part.stop - start] for m in memory)
@@ -224,7 +224,7 @@ def vectorwise_fake_quantize_cpu(x: Tensor, threshold: float) -> Tensor:
         return torch.empty_like(x)
     rows = x.reshape(-1, x.shape[-1])
     codes, absmax, is_outlier = vectorwise_quantize_cpu(rows, threshold)
-    result = advise_huge_pages(torch.empty(rows.shape, dtype=x.dtype))
+    result = advise_huge_pages(torch.empty(rows.shape, dtype=x.dtype, device="cpu"))
     if native_affine.dequantize(codes, absmax, None, rows.shape[1], result, PER_CODE):
         return match_layout(_kept(rows, absmax, is_outlier, result).view(x.shape), x)
     step = max(1, CHUNK // rows.shape[1])

@@ -53,7 +53,7 @@ def vectorwise_codes_op(x: Tensor, absmax: Tensor) -> Tensor:
 @vectorwise_codes_op.register_kernel("cpu")
 def vectorwise_codes_cpu(x: Tensor, absmax: Tensor) -> Tensor:
     """The definition in one pass, or in small pieces."""
-    codes = torch.empty(x.shape, dtype=torch.int8)
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     if not x.numel() or native.codes_of(x.contiguous(), absmax.contiguous(), codes):
         return codes
     flat, result, factors = x.reshape(-1), codes.view(-1), (127.0 / absmax).unsqueeze(1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tensors import DTYPES, batches, randn
 from torch import Tensor
 
+from lightning_qat.native.library import without_native
 from lightning_qat.ops import codebook as ops
 from lightning_qat.ops.codebook import (
     EDGE,
@@ -78,11 +79,13 @@ def test_the_cpu_kernels_equal_the_definition(
 
 @pytest.mark.parametrize("value", [0.0, -0.0026, 0.9], ids=str)
 def test_a_tensor_full_of_values_beside_a_threshold(value: float) -> None:
-    """All of them are in one cell, and are searched as a whole."""
+    """Without a compiled kernel all of them are in one cell, and are searched as a whole."""
     x = torch.full((300_000,), value)
     x[::64] = 1.0
     expected, _ = ops.reference_quantize(x, None, "fp4", 64, "cpu")
     assert torch.equal(ops.codebook_quantize_op(x, None, "fp4", 64, "cpu")[0], expected)
+    with without_native():
+        assert torch.equal(ops.codebook_quantize_op(x, None, "fp4", 64, "cpu")[0], expected)
 
 
 @settings(max_examples=60, deadline=None)
