@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.ops.gptq import Reached, Steps, gptq_columns
+from lightning_qat.ops.gptq import Reached, Steps, gptq_columns, values_of_levels
 from lightning_qat.ops.upper_factor import upper_factor
 from lightning_qat.ptq.chosen import ChosenCodes, output_error
 from lightning_qat.ptq.column_grid import (
@@ -212,7 +212,9 @@ class _Solved:
 def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[str, ...]]:
     """Return the factor found with the least damping of the ladder, and notes of what was done about the matrix."""
     power = gram.diagonal()
-    if not bool(torch.isfinite(gram.sum(dtype=torch.float64))) or bool((power < 0).any()):
+    # A sum has no end if one of its terms has none; it also may where all have.
+    finite = bool(torch.isfinite(gram.sum())) or bool(torch.isfinite(gram).all())
+    if not finite or bool((power < 0).any()):
         return None, ("the Gram matrix holds NaN, infinity or a negative power: weights were rounded to nearest",)
     dead = power == 0
     notes: tuple[str, ...] = ()
@@ -242,12 +244,16 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
 
 @dataclass(frozen=True, eq=False)
 class _Chosen:
-    """What GPTQ chose: codes of the ops, transposed, scales and zero points as the scheme has them, and the loss."""
+    """What GPTQ chose: codes of the ops, transposed, scales and zero points as the scheme has them, and the loss.
+
+    ``damped`` is what the loss has of what was added to the diagonal.
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     loss: float
+    damped: float
 
 
 def _choose(
@@ -267,18 +273,21 @@ def _choose(
 
     codes = torch.empty_like(columns, dtype=torch.int16)
     codes[solved.order], total = gptq_columns(columns, solved.upper, steps_of, grid.levels, options.block_size)
-    loss = float(total)
+    loss, added = float(total), solved.added[solved.order]
     if walk is not None:
         scale, zero = walk.scale, walk.zero_point
     if options.sweeps:
-        refits = given is None and options.refit_scales and not fmt.nested
-        codes, refined, loss = refine(
-            weight.t().contiguous(), codes, solved.hessian(), grid, sweeps=options.sweeps,
-            width=width if refits else None, shared_by_rows=not scale.dim(), block_size=options.block_size,
+        refits, lying = given is None and options.refit_scales and not fmt.nested, weight.t().contiguous()
+        codes, grid, loss = refine(
+            lying, codes, solved.hessian(), grid, sweeps=options.sweeps, width=width if refits else None,
+            shared_by_rows=not scale.dim(), block_size=options.block_size,
         )  # fmt: skip
+        steps = grid.of(torch.arange(len(lying), device=lying.device))
+        columns, added = lying.sub_(values_of_levels(codes, steps, grid.levels)), solved.added
         if refits and width is not None:
-            scale = _scale_of(refined, scale)
-    return _Chosen(codes, scale, zero, loss)
+            scale = _scale_of(grid, scale)
+    damped = float(torch.linalg.vector_norm(columns, dim=1).square_().mul_(added).sum(dtype=torch.float64))
+    return _Chosen(codes, scale, zero, loss, damped)
 
 
 def _scales_of(weight: Tensor, fmt: TensorFormat, options: GPTQOptions, power: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,14 +338,15 @@ def _settled(weight: Tensor, gram: Tensor, fmt: TensorFormat, solved: _Solved, c
     scheme = get_scheme(fmt.scheme)
     codes = codes_of_levels(chosen.codes.t(), fmt)
     scale = scheme.effective_scale(chosen.scale, fmt)
-    values = scheme.dequantize(codes, scale, chosen.zero_point, fmt, torch.float32)
+
+    def values() -> Tensor:
+        return scheme.dequantize(codes, scale, chosen.zero_point, fmt, torch.float32)
+
     if scheme.block_size is not None:
         # Of several codes with one value the one that this value has, and of nested scales what is stored.
-        codes = scheme.quantize(values, chosen.scale, chosen.zero_point, fmt)
-        values = scheme.dequantize(codes, scale, chosen.zero_point, fmt, torch.float32)
+        codes = scheme.quantize(values(), chosen.scale, chosen.zero_point, fmt)
     # What the algorithm summed up, less what the damping and the ones for dead features are in it: no further product.
-    damping = float((weight - values).square_().sum(0).mul_(solved.added).sum(dtype=torch.float64))
-    loss = chosen.loss - damping
+    loss = chosen.loss - chosen.damped
     if fmt.nested or not loss > _LEAST_SHARE * chosen.loss:
-        return codes, output_error(weight, values, gram)
+        return codes, output_error(weight, values(), gram)
     return codes, loss * float(solved.unit)
