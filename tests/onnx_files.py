@@ -17,11 +17,22 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def run(path: Path, *inputs: Tensor, optimized: bool = False) -> tuple[Tensor, Counter[str]]:
-    """Return the first output, and how many operators of each kind ran."""
+def run(
+    path: Path, *inputs: Tensor, optimized: bool = False, float_inputs: bool = False
+) -> tuple[Tensor, Counter[str]]:
+    """Return the first output, and how many operators of each kind ran.
+
+    Args:
+        path: of the file; the graph that ran is written beside it.
+        inputs: of the graph, in its order.
+        optimized: with all fusions of onnxruntime, or with none.
+        float_inputs: read packed weights with inputs in float32; by itself onnxruntime quantizes them to 8 bits.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    if float_inputs:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.optimized_model_filepath = str(path.with_suffix(".run"))

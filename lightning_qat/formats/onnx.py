@@ -1,10 +1,14 @@
 """ONNX files with QuantizeLinear and DequantizeLinear, as onnxruntime and other engines read them.
 
-Integer weights are int8 initializers, each with a DequantizeLinear: per tensor, per channel, or in blocks. A static
-input passes a QuantizeLinear and a DequantizeLinear on its own grid; one with dynamic ranges is computed on as integers
-where it can be (MatMulInteger), scales being found in the graph. A convolution whose output no layer quantizes is a
-matrix product. BatchNorm that conversion folded is gone. The model is traced by ``torch.export``, so it has to be what
-that takes.
+Integer weights are int8 initializers, each with a DequantizeLinear: per tensor, per channel, or in blocks; they are
+int4 or uint4 where no input is quantized and 4 bits hold them. A static input passes a QuantizeLinear and a
+DequantizeLinear on its own grid; one with dynamic ranges is computed on as integers where it can be (MatMulInteger),
+scales being found in the graph. A convolution whose output no layer quantizes is a matrix product. BatchNorm that
+conversion folded is gone. The model is traced by ``torch.export``, so it has to be what that takes.
+
+onnxruntime multiplies by weights per tensor, per channel or in blocks of 16, 32, 64 and so on as they are packed, but
+by default with inputs that it quantizes to 8 bits itself, which is three times as fast for one token. Its session
+option ``session.qdq_matmulnbits_accuracy_level`` set to 1 keeps them in float32, as here.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.formats.onnx_file import finished
 from lightning_qat.formats.traceable import make_traceable
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.transforms.prepare import copy_model
@@ -57,7 +62,7 @@ def write_onnx(model: nn.Module, path: Path, example: Any) -> Path:
     program = _trace(traced, example)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        program.save(Path(folder) / path.name)
+        (Path(folder) / path.name).write_bytes(finished(program).SerializeToString())
         os.replace(Path(folder) / path.name, path)
     return path
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.onnx.ops import symbolic
 
+from lightning_qat.formats.onnx_file import INT4, STORED_AS, UINT4
 from lightning_qat.nn import QuantizedLayer
 from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.schemes import TensorFormat
@@ -32,13 +33,26 @@ class Traced(QuantizedLayer):
 
     def _traced_weight(self) -> Tensor:
         fmt, codes = self.weight_format, self.onnx_codes
-        inputs = (codes, self.onnx_scale, self.onnx_zero_point)
+        stored_as = self._stored_as()
+        # Engines take symmetric codes of 4 bits for those of a product that reads them packed, without zero points.
+        zero_points = () if stored_as == INT4 else (self.onnx_zero_point,)
+        inputs = (codes, self.onnx_scale, *zero_points)
         attributes: dict[str, Any] = {}
         if fmt.group_size is not None:
             attributes = {"axis": 0 if self.inputs_first else 1, "block_size": fmt.group_size}
         elif fmt.axis is not None:
             attributes = {"axis": 1 - fmt.axis if self.inputs_first else fmt.axis}
-        return symbolic("DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=codes.shape)
+        notes = None if stored_as is None else {STORED_AS: stored_as}
+        return symbolic(
+            "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=codes.shape, metadata_props=notes
+        )
+
+    def _stored_as(self) -> str | None:
+        """Return the 4-bit integer that codes are written in. With quantized inputs engines compute in int8 alone."""
+        fmt = self.weight_format
+        if fmt.bits > 4 or self.input_format is not None:
+            return None
+        return INT4 if fmt.symmetric else UINT4
 
     weight: Any = property(_traced_weight)
 
@@ -87,6 +101,10 @@ class TracedLinear(Traced):
             # One scale after the other: onnxruntime 1.32 takes the product of both for one scale for all tokens.
             codes = (codes + 2 ** (fmt.bits - 1)).to(torch.uint8)
             product = self.integer_product(codes, self.onnx_input_zero_point) * scale * self.onnx_scale
+        elif fmt is None and input.dim() == 2 and self.bias is not None:
+            # onnxruntime 1.32 makes this one a Gemm of two matrices, and reads packed weights in a MatMul alone.
+            x = self.quantized_input(input).unsqueeze(0)
+            return (torch.matmul(x, self.weight) + self.bias).squeeze(0)
         else:
             product = torch.matmul(self.quantized_input(input), self.weight)
         # A matrix with an int32 bias is a Gemm to engines; for more dimensions there is none, and they add floats.
