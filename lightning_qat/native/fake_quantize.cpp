@@ -1,5 +1,7 @@
 // Fake quantization, its gradients and the extremes of what it reads: one pass over memory each, with the bits of the
 // definitions in ops/fake_quantize.py. Sums are of fixed pieces in float64, so that they do not depend on the threads.
+#include <cfloat>
+
 #include "fake_quantize.h"
 
 using namespace qat;
@@ -49,7 +51,8 @@ void quantize(const T* x, T* y, int64_t outer, int64_t channels, int64_t inner, 
 }
 
 template <typename T>
-void input_gradient_run(const T* __restrict grad, const T* __restrict x, T* __restrict to, int64_t count, Grid grid) {
+void input_gradient_run(const T* grad, const T* __restrict x, T* to, int64_t count, Grid grid) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) store_unless(outside(load(x[i]), grid), to[i], grad[i]);
 }
 
@@ -68,9 +71,9 @@ struct Sums {
   double scale, zero;
 };
 
-// LSQ's and LSQ+'s terms of up to kRun elements, and the gradient of x where `to` is given.
+// LSQ's and LSQ+'s terms of up to kRun elements, and the gradient of x where `to` is given, which may be `grad`.
 template <bool kZero, bool kWrites, typename T>
-void learn_run(const T* __restrict grad, const T* __restrict x, T* __restrict to, int64_t count, Grid grid, Sums& sums) {
+void learn_run(const T* grad, const T* __restrict x, T* to, int64_t count, Grid grid, Sums& sums) {
   float of_scale[kLanes] = {}, of_zero[kLanes] = {};
   auto lane = [&](int64_t i, int j) {
     const float value = load(x[i]), g = load(grad[i]);
@@ -84,6 +87,7 @@ void learn_run(const T* __restrict grad, const T* __restrict x, T* __restrict to
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
+#pragma GCC ivdep
     for (int j = 0; j < kLanes; ++j) lane(i + j, j);
   }
   for (int j = 0; i < count; ++i, ++j) lane(i, j);
@@ -157,6 +161,16 @@ inline void write(const Extremes& found, float& low, float& high) {
   high = found.has_nan ? NAN : found.high;
 }
 
+// Makes the first pair that of all; NaN where one is.
+inline void merge(float* bounds, int32_t threads) {
+  for (int32_t part = 1; part < threads; ++part) {
+    const float low = bounds[2 * part], high = bounds[2 * part + 1];
+    if (bounds[0] != bounds[0]) return;
+    bounds[0] = low != low || low < bounds[0] ? low : bounds[0];
+    bounds[1] = high != high || high > bounds[1] ? high : bounds[1];
+  }
+}
+
 // `bounds` has a pair for each thread.
 template <bool kQuantizes, bool kZero, typename T>
 void observe(const T* x, T* y, int64_t count, const Grid& grid, float* bounds, int32_t threads) {
@@ -166,11 +180,70 @@ void observe(const T* x, T* y, int64_t count, const Grid& grid, float* bounds, i
     const Extremes found = observe_run<kQuantizes, kZero>(x + begin, y + (kQuantizes ? begin : 0), end - begin, grid);
     write(found, bounds[2 * part], bounds[2 * part + 1]);
   }
+  merge(bounds, threads);
+}
+
+// Elements of a block that is looked through again where its extremes lie outside.
+constexpr int64_t kBlock = 4096;
+
+// Quantizes what lies between two positions and lists those outside, up to `capacity`; -1 where there are more.
+template <bool kZero, typename T>
+int64_t quantize_input_part(const T* x, T* y, int64_t begin, int64_t end, const Grid& grid, int64_t* positions,
+                            int64_t capacity, float& low, float& high) {
+  Extremes all{INFINITY, -INFINITY, false};
+  int64_t listed = 0;
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int64_t stop = start + kBlock < end ? start + kBlock : end;
+    const Extremes found = observe_run<true, kZero>(x + start, y + start, stop - start, grid);
+    all.low = found.low < all.low ? found.low : all.low;
+    all.high = found.high > all.high ? found.high : all.high;
+    all.has_nan |= found.has_nan;
+    if (listed < 0 || !(outside(found.low, grid) || outside(found.high, grid))) continue;
+    for (int64_t i = start; i < stop && listed >= 0; ++i) {
+      if (!outside(load(x[i]), grid)) continue;
+      if (listed < capacity) positions[listed++] = i;
+      else listed = -1;
+    }
+  }
+  write(all, low, high);
+  return listed;
+}
+
+// Of an input with one scale. `bounds` and `counts` have a pair and a number for each thread, `positions` `capacity` of
+// each; the first pair, the first number and the first positions are those of all in the end.
+template <bool kZero, typename T>
+void quantize_input(const T* x, T* y, int64_t count, const Grid& grid, float* bounds, int64_t* positions,
+                    int64_t capacity, int64_t* counts, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int32_t part = 0; part < threads; ++part) {
+    counts[part] = quantize_input_part<kZero>(x, y, share(count, part, threads), share(count, part + 1, threads), grid,
+                                              positions + part * capacity, capacity, bounds[2 * part],
+                                              bounds[2 * part + 1]);
+  }
+  merge(bounds, threads);
   for (int32_t part = 1; part < threads; ++part) {
-    const float low = bounds[2 * part], high = bounds[2 * part + 1];
-    if (low != low || low < bounds[0]) bounds[0] = low;
-    if (high != high || high > bounds[1]) bounds[1] = high;
-    if (bounds[0] != bounds[0] || bounds[1] != bounds[1]) bounds[0] = bounds[1] = NAN;
+    if (counts[0] < 0 || counts[part] < 0) {
+      counts[0] = -1;
+      return;
+    }
+    std::memmove(positions + counts[0], positions + part * capacity, counts[part] * sizeof(int64_t));
+    counts[0] += counts[part];
+  }
+}
+
+// Symmetric, with the scale of each row's largest magnitude: scale_of_absmax of ops/affine.py.
+template <typename T>
+void quantize_by_absmax(const T* x, T* y, int64_t rows, int64_t columns, float* scale, float divisor, float first,
+                        float last, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = x + row * columns;
+    const Extremes found = observe_run<false, false>(from, static_cast<T*>(nullptr), columns, Grid{});
+    float absmax = -found.low > found.high ? -found.low : found.high;
+    absmax = clamp(absmax, 0.0f, FLT_MAX);
+    const float step = absmax / divisor;
+    scale[row] = found.has_nan ? NAN : absmax == 0.0f ? 1.0f : step < FLT_MIN ? FLT_MIN : step;
+    quantize_run<false>(from, y + row * columns, columns, Grid{scale[row], 0.0f, first, last, 0.0f, 0.0f});
   }
 }
 
@@ -208,6 +281,17 @@ void row_extremes(const T* x, int64_t rows, int64_t columns, float* low, float* 
     if (!y) return observe<false, false, T>(x, y, count, Grid{}, bounds, threads);                                   \
     const Grid grid = Parameters{scale, zero, kind, first, last}.at(0);                                              \
     (kind ? observe<true, true, T> : observe<true, false, T>)(x, y, count, grid, bounds, threads);                   \
+  }                                                                                                                  \
+  extern "C" void quantize_input_##NAME(const T* x, T* y, int64_t count, const float* scale, const void* zero,       \
+                                        int32_t kind, float first, float last, float* bounds, int64_t* positions,    \
+                                        int64_t capacity, int64_t* counts, int32_t threads) {                        \
+    const Grid grid = Parameters{scale, zero, kind, first, last}.at(0);                                              \
+    (kind ? quantize_input<true, T> : quantize_input<false, T>)(x, y, count, grid, bounds, positions, capacity,      \
+                                                                counts, threads);                                    \
+  }                                                                                                                  \
+  extern "C" void quantize_by_absmax_##NAME(const T* x, T* y, int64_t rows, int64_t columns, float* scale,           \
+                                            float divisor, float first, float last, int32_t threads) {               \
+    quantize_by_absmax<T>(x, y, rows, columns, scale, divisor, first, last, threads);                                \
   }                                                                                                                  \
   extern "C" void row_extremes_##NAME(const T* x, int64_t rows, int64_t columns, float* low, float* high,            \
                                       int32_t threads) {                                                             \

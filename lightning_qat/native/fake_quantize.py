@@ -7,7 +7,7 @@ memory has the scale of channel ``i // inner % C``. Scales are contiguous float3
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +26,27 @@ _FAMILY = Family(
             "input_gradient": f"pppqqq{_GRID}i",
             "learn": f"pppqqq{_GRID}pi",
             "observe": f"ppq{_GRID}pi",
+            "quantize_input": f"ppq{_GRID}ppqpi",
+            "quantize_by_absmax": "ppqqpfffi",
             "row_extremes": "pqqppi",
         }.items()
     },
 )
 
-_NAMES = {getattr(torch, name): name for name in _DTYPES}
+_NAMES = {(name.rpartition("_")[0], getattr(torch, name.rpartition("_")[2])): name for name in _FAMILY.signatures}
 _ZERO_KINDS = {torch.float32: 1, torch.int32: 2}
 #: Elements of a sum's pieces where there is one scale, as in the source.
 _PIECE = 16_384
+#: Of how many elements one may lie outside for their positions to be listed, and how many are listed in any case.
+_LISTED, _LEAST_LISTED = 256, 64
 
 #: outer, channels, inner.
 Layout = tuple[int, int, int]
 
 
 def _find(name: str, x: Tensor) -> Any:
-    functions, dtype = _FAMILY.functions(), _NAMES.get(x.dtype)
-    return None if functions is None or dtype is None else getattr(functions, f"{name}_{dtype}")
+    functions, full_name = _FAMILY.functions(), _NAMES.get((name, x.dtype))
+    return None if functions is None or full_name is None else getattr(functions, full_name)
 
 
 def _parameters(scale: Tensor, zero_point: Tensor | None) -> tuple[int, int, int] | None:
@@ -107,7 +111,7 @@ def learned_sums(
     Args:
         grad: lies as ``x`` and has its dtype.
         x: the values.
-        out: gets the gradient of ``x``; None where nobody wants it.
+        out: gets the gradient of ``x``, may be ``grad``; None where nobody wants it.
         layout: of all three.
         scale: ``C`` of them.
         zero_point: likewise, or None.
@@ -154,6 +158,68 @@ def observe(
     target = 0 if out is None else out.data_ptr()
     function(x.data_ptr(), target, x.numel(), *grid, quant_min, quant_max, ctypes.addressof(bounds), threads)
     return bounds[0], bounds[1]
+
+
+class Seen(NamedTuple):
+    """What the pass over an input finds besides its values.
+
+    Attributes:
+        low, high: the extremes, NaN where there is one.
+        outside: int64 positions of elements that have no code of their own, which get no gradient; None is too many.
+    """
+
+    low: float
+    high: float
+    outside: Tensor | None
+
+
+def quantize_input(
+    x: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> Seen | None:
+    """Write ``x`` fake-quantized with one scale into ``out``; return what was seen, None where there is no kernel.
+
+    Args:
+        x: dense, not empty.
+        out: lies as ``x``.
+        scale: positive, one element.
+        zero_point: likewise, or None.
+        quant_min: smallest code.
+        quant_max: largest code.
+    """
+    function, grid = _find("quantize_input", x), _parameters(scale, zero_point)
+    if function is None or grid is None:
+        return None
+    count = x.numel()
+    threads = threads_for(count)
+    capacity = min(count, max(_LEAST_LISTED, count // _LISTED))
+    bounds, counts = (ctypes.c_float * (2 * threads))(), (ctypes.c_int64 * threads)()
+    positions = torch.empty(threads * capacity, dtype=torch.int64)
+    places = ctypes.addressof(bounds), positions.data_ptr(), capacity, ctypes.addressof(counts)
+    function(x.data_ptr(), out.data_ptr(), count, *grid, quant_min, quant_max, *places, threads)
+    return Seen(bounds[0], bounds[1], None if counts[0] < 0 else positions[: counts[0]].clone())
+
+
+def quantize_by_absmax(rows: Tensor, out: Tensor, divisor: float, quant_min: int, quant_max: int) -> Tensor | None:
+    """Write ``rows`` into ``out``, each fake-quantized with the scale of its own largest magnitude; return the scales.
+
+    Args:
+        rows: ``[R, n]``, contiguous, not empty.
+        out: likewise.
+        divisor: what the magnitude is divided by.
+        quant_min: smallest code.
+        quant_max: largest code.
+
+    Returns:
+        float32 ``[R]``; None where there is no kernel.
+    """
+    function = _find("quantize_by_absmax", rows)
+    if function is None:
+        return None
+    count, columns = rows.shape
+    scale = torch.empty(count, dtype=torch.float32)
+    addresses = rows.data_ptr(), out.data_ptr(), count, columns, scale.data_ptr()
+    function(*addresses, divisor, quant_min, quant_max, threads_for(rows.numel()))
+    return scale
 
 
 def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_qat.native import fake_quantize as native
 from lightning_qat.ops.affine_cpu import takes_pieces
-from lightning_qat.ops.fake_quantize import fake_quantize_op, reference_fake_quantize
+from lightning_qat.ops.fake_quantize import fake_quantize_op, quant_range, reference_fake_quantize
 from lightning_qat.ops.fake_quantize_cpu import as_read, fake_quantize_cpu
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 from lightning_qat.ops.layout import dense_layout, empty_result
@@ -91,6 +91,32 @@ def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     found = native.row_extremes(rows) if rows.is_contiguous() and takes_pieces(rows.detach()) else None
     # 4096 x 4096: 3 ms, the largest magnitude by vector_norm or aminmax along a dimension 20 to 25.
     return (rows.amin(1).float(), rows.amax(1).float()) if found is None else found
+
+
+def fake_quantize_by_absmax(
+    x: Tensor, bits: int, axis: int | None, group_size: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return ``x`` symmetrically fake-quantized with the scales of its own magnitudes, row by row, and the scales.
+
+    Args:
+        x: contiguous, not empty, on the CPU.
+        bits: 2 to 16.
+        axis: the channel dimension, or None.
+        group_size: elements of a group, or None.
+
+    Returns:
+        The values, and float32 scales ``[C]`` or ``[N, groups of a row]``; None where there is no kernel, or one scale.
+    """
+    if group_size is not None:
+        rows, shape = x.view(-1, group_size), [x.shape[0], -1]
+    elif axis == 0:
+        rows, shape = x.view(x.shape[0], -1), [-1]
+    else:
+        return None
+    result, (quant_min, quant_max) = empty_result(x, 0), quant_range(bits, True)
+    divisor = quant_max if bits >= 8 else quant_max + 0.5
+    scale = native.quantize_by_absmax(rows, result, divisor, quant_min, quant_max)
+    return None if scale is None else (result, scale.view(shape))
 
 
 #: What the dispatcher would come to for a plain tensor of the device, see ``straight_through``.

@@ -22,17 +22,12 @@ from lightning_qat.quantizers.debug import callback_of_environment, tell
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
 from lightning_qat.quantizers.learned_scale import LearnedScale, gradient_factor, of_observed_range
 from lightning_qat.quantizers.observers import make_observer
-from lightning_qat.quantizers.state import QuantizationState, check_same_format
+from lightning_qat.quantizers.state import QuantizationState, check_same_format, in_backward
 from lightning_qat.schemes import Scheme, TensorFormat, get_scheme, input_format
 from lightning_qat.schemes.integer import IntegerScheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass is running: activation checkpointing then repeats a forward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class FakeQuantizer(QuantizationState):
@@ -163,14 +158,15 @@ class FakeQuantizer(QuantizationState):
         """Return ``x``, with the parameters in its graph where ranks wait for them and nothing else uses them."""
         return x if self.learned is None or self.learns_now else self.learned.joined(x)
 
-    def _gradient_factor(self, x: Tensor) -> float:
+    def gradient_factor(self, x: Tensor) -> float:
+        """Return LSQ's factor for the gradients of what is learned from ``x``."""
         return gradient_factor(x, math.prod(self.learned.shape) if self.learned else 1, self._format, samples=False)
 
     def fake_quantize(self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat]) -> Tensor:
         """Return ``x`` fake-quantized with what :meth:`parameters_now` returned, by ops that trace."""
         if self.learned is None or not self.learns_now:
             return self.scheme.fake_quantize(x, *parameters)
-        return self.learned.fake_quantized(x, self._gradient_factor(x), self.scheme, self._format)
+        return self.learned.fake_quantized(x, self.gradient_factor(x), self.scheme, self._format)
 
     def fake_quantize_through(
         self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat], made: list[Tensor], *, covered: bool = False
@@ -183,7 +179,7 @@ class FakeQuantizer(QuantizationState):
             return self.scheme.fake_quantize_through(x, *parameters, covered=covered)
         if type(self.scheme).fake_quantize is not IntegerScheme.fake_quantize:
             return self.fake_quantize(x, parameters)  # a custom scheme computes otherwise
-        return self.learned.applied(x, *parameters, self._gradient_factor(x), made)
+        return self.learned.applied(x, *parameters, self.gradient_factor(x), made)
 
     def _store(self, scale: Tensor, zero_point: Tensor) -> None:
         if self.learned is not None:
@@ -290,7 +286,7 @@ class ActivationQuantizer(FakeQuantizer):
         self._store(scale, zero_point)
         return (scale, zero_point) if self.learned is None else (self.scale, self.zero_point)
 
-    def _gradient_factor(self, x: Tensor) -> float:
+    def gradient_factor(self, x: Tensor) -> float:
         return gradient_factor(x, 1, self._format, samples=True)
 
     @property
@@ -319,7 +315,7 @@ class ActivationQuantizer(FakeQuantizer):
             return False
         if self.calibrating:
             return True
-        return self._learns and self.training and not _in_backward()
+        return self._learns and self.training and not in_backward()
 
     @property
     def _learns(self) -> bool:
@@ -337,8 +333,7 @@ class ActivationQuantizer(FakeQuantizer):
         fmt, fresh = self._format, None
         observes = self._observes_now()
         unseen = observes and self._sees_while_quantizing(x)
-        if unseen is not self._unseen:
-            self._unseen = unseen
+        self.__dict__["_unseen"] = unseen  # modules look through all they have at every attribute
         if observes and not unseen:
             seen, observer = self._within_samples(x), self.observer
             if self.deferred and seen.numel():
@@ -373,24 +368,32 @@ class ActivationQuantizer(FakeQuantizer):
         return type(self.scheme) is IntegerScheme and bool(self.observer and self.observer.follows_training)
 
     def fake_quantize(self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat]) -> Tensor:
-        if self._unseen:
-            self._unseen = False
+        if self.sees_next():
             self.batch_range.collect(x, self.observer)  # type: ignore[arg-type]
         return super().fake_quantize(x, parameters)
 
     def fake_quantize_through(
         self, x: Tensor, parameters: tuple[Tensor, Tensor, TensorFormat], made: list[Tensor], *, covered: bool = False
     ) -> Tensor:
-        if not self._unseen:
+        if not self.sees_next():
             return super().fake_quantize_through(x, parameters, made, covered=covered)
-        self._unseen = False
         scale, zero_point, fmt = parameters
         zero = None if fmt.symmetric else zero_point
         values, low, high = observe_fake_quantize_through(x, scale, zero, *quant_range(fmt.bits, fmt.symmetric))
+        self.saw(x, low, high)
+        return values
+
+    def sees_next(self) -> bool:
+        """Return whether whoever fake-quantizes now is to tell the extremes to :meth:`saw`; asked once."""
+        unseen = self._unseen
+        self.__dict__["_unseen"] = False
+        return unseen
+
+    def saw(self, x: Tensor, low: Tensor | float, high: Tensor | float) -> None:
+        """Take the extremes of ``x`` into the batch; ``ValueError`` where ``x`` is on the CPU and holds NaN or inf."""
         if isinstance(low, float) and not math.isfinite(low + high) and self.observer is not None:
             self.observer.batch_extremes(x)  # says what it found, if it was no overflow
         self.batch_range.widen(low, high)
-        return values
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the integer codes of ``x`` with the calibrated range."""

@@ -314,6 +314,19 @@ def _offset_gradient(grad: Tensor, offset: Tensor, scale: Tensor, factor: float,
     return result.masked_fill(outward, 0.0)
 
 
+def parameter_gradients(
+    of_scale: Tensor, of_zero: Tensor | None, scale: Tensor, offset: Tensor | None, factor: float, levels: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of exponent and offset, shaped as ``scale``, from those of scale and zero point.
+
+    ``levels`` is the largest less the smallest code; ``scale`` and ``offset`` are as they were.
+    """
+    exponent = exponent_gradient(of_scale.view_as(scale), scale, factor)
+    if offset is None or of_zero is None:
+        return exponent, None
+    return exponent, _offset_gradient(of_zero.view_as(scale), offset.view_as(scale), scale, factor, levels)
+
+
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exponent: Tensor, factor: float) -> Tensor:
@@ -378,10 +391,6 @@ class _Applied(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0]
         values = ctx.made.pop() if ctx.made else None
         grad_x, grad_scale, grad_zero = learned_gradients(grad, x, scale, zero_point, ctx.grid, needs_x, values)
-        flat = scale.view(ctx.shape)
-        exponent = exponent_gradient(grad_scale.view(ctx.shape), flat, ctx.factor)
-        shift = None
-        if offset is not None and grad_zero is not None:
-            levels = ctx.grid[1] - ctx.grid[0]
-            shift = _offset_gradient(grad_zero.view(ctx.shape), offset, flat, ctx.factor, levels)
+        levels, flat = ctx.grid[1] - ctx.grid[0], scale.view(ctx.shape)
+        exponent, shift = parameter_gradients(grad_scale, grad_zero, flat, offset, ctx.factor, levels)
         return grad_x if needs_x else None, exponent, shift, None, None, None, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,3 +59,8 @@ def check_same_format(whose: str, trained: dict[str, Any] | None, prepared: dict
             f"the {whose} was trained as {trained} and the model is prepared with {prepared}; prepare it with the plan "
             "of the checkpoint"
         )
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: activation checkpointing then repeats a forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -194,7 +194,7 @@ class WeightQuantizer(FakeQuantizer):
         scale, zero_point = self.parameters_for(weight)
         learned: Any = self.learned
         if self.learns_now:
-            scale, zero_point = learned.with_gradient(self._gradient_factor(weight), self.bits)
+            scale, zero_point = learned.with_gradient(self.gradient_factor(weight), self.bits)
         if not scale.dim():
             return scale, zero_point
         return rows_of_scale(scale, zero_point, index, self._format, weight.shape)

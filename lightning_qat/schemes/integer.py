@@ -10,6 +10,7 @@ from lightning_qat.ops.affine_cpu import run_of
 from lightning_qat.ops.fake_quantize import fake_quantize
 from lightning_qat.ops.int4_dequantize import dequantize_int4, int4_run
 from lightning_qat.ops.layout import resolve_layout
+from lightning_qat.ops.observe import fake_quantize_by_absmax
 from lightning_qat.ops.quantize_packed import quantize_packed_op
 from lightning_qat.ops.stochastic import quantize_affine_stochastically
 from lightning_qat.ops.straight_through import fake_quantize_through, grid_for, input_gradient
@@ -61,6 +62,17 @@ class IntegerScheme(Scheme):
             return self.fake_quantize(x, scale, zero_point, fmt)
         grid = grid_for(x, scale, fmt.bits, fmt.symmetric, fmt.axis, fmt.group_size)
         return fake_quantize_through(x, scale, None if fmt.symmetric else zero_point, *grid, covered=covered)
+
+    def fake_quantize_by_extremes(self, x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor] | None:
+        """Return :meth:`fake_quantize` with :meth:`parameters_of` ``x``, and the scale; None where in two steps.
+
+        Args:
+            x: an ordinary tensor, contiguous, on the CPU, in eager mode; nothing has a gradient.
+            fmt: of its codes.
+        """
+        if not fmt.symmetric or type(self) is not IntegerScheme:
+            return None
+        return fake_quantize_by_absmax(x, fmt.bits, fmt.axis, fmt.group_size)
 
     def fake_quantize_gradient(
         self, grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat
