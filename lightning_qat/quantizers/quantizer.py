@@ -139,7 +139,8 @@ class Quantizer:
         by_blocks = scheme.block_size is not None and self._observer is None
         if not by_blocks:
             check_finite(tensor)
-        scale, zero_point, fmt = self._parameters(tensor)
+        found = self._by_own_range(tensor) if by_blocks and not stochastic else None
+        packed, (scale, zero_point, fmt) = (None, self._parameters(tensor)) if found is None else found
         if not by_blocks and not bool(torch.isfinite(scale).all()):
             raise ValueError(f"tensor, or the samples, hold magnitudes beyond {fmt.scheme}; scale it, or use 'int8'")
         # Largest magnitudes show what is not finite without a pass of its own; infinity is cut to the largest float32.
@@ -148,7 +149,7 @@ class Quantizer:
         if stochastic:
             codes = scheme.quantize_stochastically(tensor, scale, zero_point, fmt, generator)
             packed = scheme.pack(codes.contiguous(), fmt)
-        else:
+        elif packed is None:
             packed = scheme.quantize_packed(tensor, scale, zero_point, fmt)
         # Asymmetric integers alone have a zero point to keep.
         kept = None if fmt.symmetric else zero_point
@@ -159,6 +160,14 @@ class Quantizer:
                 "nested_quantization=False"
             )
         return QuantizedTensor(packed, stored, kept, fmt, tensor.shape, tensor.dtype)
+
+    def _by_own_range(self, tensor: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor | None, TensorFormat]] | None:
+        """Return packed codes with what :meth:`_parameters` returns, where a scheme finds both at once."""
+        if (self.config.observer or "min_max") != "min_max":
+            return None
+        fmt = weight_format(self.config, tensor.shape)
+        found = self.scheme.quantize_by_own_range(tensor, fmt)
+        return None if found is None else (found[0], (found[1].reshape(scale_shape(tensor.shape, fmt)), None, fmt))
 
     def _parameters(self, tensor: Tensor) -> tuple[Tensor, Tensor | None, TensorFormat]:
         if self.config.dynamic:

@@ -122,6 +122,13 @@ class Scheme(ABC):
         """Return :meth:`pack` of what :meth:`quantize` returns."""
         return self.pack(self.quantize(x, scale, zero_point, fmt).contiguous(), fmt)
 
+    def quantize_by_own_range(self, x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor] | None:
+        """Return :meth:`quantize_packed` and the scale of :meth:`parameters_of`, where one pass gives both.
+
+        None where it does not. A block that holds no finite value has a scale that is not finite.
+        """
+        return None
+
     def dequantize_packed(
         self,
         packed: Tensor,

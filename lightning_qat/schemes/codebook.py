@@ -78,6 +78,12 @@ class CodebookScheme(Scheme):
     def quantize_packed(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
         return codebook_quantize_op(x, scale, self.codebook, _block(fmt), fmt.rule)[0]
 
+    def quantize_by_own_range(self, x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor] | None:
+        # Scales of float64 may have to be cut before codes are chosen; a scheme derived from this one may do otherwise.
+        if x.dtype == torch.float64 or type(self) not in _OWN:
+            return None
+        return codebook_quantize_op(x, None, self.codebook, _block(fmt), fmt.rule)
+
     def dequantize_packed(
         self,
         packed: Tensor,
@@ -134,3 +140,7 @@ class DynamicTreeScheme(CodebookScheme):
 
     codebook = "dynamic_tree"
     block_size = 256
+
+
+#: Those whose methods are all above.
+_OWN = (NF4Scheme, FP4Scheme, DynamicTreeScheme)

@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from tensors import DENORMAL, DTYPES, LARGEST, batches, randn
+from torch import Tensor
 
 import lightning_qat as lq
 from lightning_qat import BitsAndBytesConfig, QuantizationConfig, QuantizedTensor, Quantizer, quantize
 from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine
+from lightning_qat.schemes import TensorFormat, get_scheme
+from lightning_qat.schemes.codebook import NF4Scheme
 
 #: Its codes times its scale stay within float32, whatever way the scale was rounded.
 HUGE = LARGEST / 2
@@ -251,3 +254,29 @@ def test_state_loads_without_unpickling_code() -> None:
 def test_all_dtypes_agree_on_codes_that_they_can_hold(dtype: torch.dtype) -> None:
     x = torch.tensor([[-1.0, -0.5, 0.25, 1.0]])
     assert torch.equal(quantize(x.to(dtype), "nf4").codes, quantize(x, "nf4").codes)
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.scheme in ("nf4", "fp4", "dynamic_tree")], ids=str)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_codes_and_scales_found_at_once_are_those_found_in_turn(
+    config: QuantizationConfig, data: st.DataObject
+) -> None:
+    x, _ = data.draw(batches())
+    found = quantize(x, config).state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(get_scheme(config.scheme)), "quantize_by_own_range", lambda *_: None)
+        expected = quantize(x, config).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_scheme_that_changes_a_codebook_is_asked_for_its_own_codes() -> None:
+    class Halved(NF4Scheme):
+        def parameters_of(self, x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
+            scale, zero_point = super().parameters_of(x, fmt)
+            return scale * 0.5, zero_point
+
+    quantizer, x = Quantizer("nf4"), randn(128)
+    quantizer.scheme = Halved()
+    assert torch.equal(quantizer.quantize(x).scale, quantize(x, "nf4").scale * 0.5)
