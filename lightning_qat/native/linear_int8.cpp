@@ -244,3 +244,17 @@ extern "C" void linear_multiply(const uint8_t* codes, int64_t tokens, int64_t co
   for (int32_t part = 0; part < threads; ++part)
     multiply(product, share(rows, part, threads), share(rows, part + 1, threads));
 }
+
+// Both at once, for few tokens on the grids of their ranges: `scratch` holds a scale and the codes of each token.
+extern "C" void linear_of_range(const float* x, int64_t tokens, int64_t columns, float quant_min, float quant_max,
+                                float divisor, int32_t per_token, const int8_t* weight, int64_t rows,
+                                const int32_t* sums, const float* weight_scale, int64_t weight_scales,
+                                const float* bias, void* scratch, float* out, int32_t threads) {
+  auto* scale = static_cast<float*>(scratch);
+  auto* codes = reinterpret_cast<uint8_t*>(scale + tokens);
+  int32_t zero = 128;
+  if (per_token) linear_quantize_tokens(x, tokens, columns, quant_min, quant_max, divisor, scale, codes, 1);
+  else linear_quantize_tensor(x, tokens * columns, quant_min, quant_max, divisor, scale, &zero, codes, 1);
+  linear_multiply(codes, tokens, columns, weight, rows, sums, weight_scale, weight_scales, scale, &zero, per_token, bias,
+                  out, threads);
+}

@@ -17,6 +17,7 @@ _FAMILY = Family(
         "linear_quantize_tensor": "pqfffpppi",
         "linear_quantize_tokens": "pqqfffppi",
         "linear_multiply": "pqqpqppqppippi",
+        "linear_of_range": "pqqfffipqppqpppi",
     },
 )
 
@@ -66,7 +67,7 @@ def quantize_by_range(
     if functions is None:
         return None
     tokens, columns = x.shape
-    codes, scale = torch.empty_like(x, dtype=torch.uint8), x.new_empty(tokens if per_token else 1)
+    codes, scale = torch.empty_like(x, dtype=torch.uint8), torch.empty(tokens if per_token else 1, dtype=x.dtype)
     if per_token:
         zero = _MIDDLE
         functions.linear_quantize_tokens(
@@ -95,7 +96,7 @@ def multiply_codes_native(
     weight_scale: Tensor,
     bias: Tensor | None,
     *,
-    per_token: bool,
+    per_token: bool = False,
 ) -> Tensor | None:
     """Return ``(codes - zero_point) @ weight.T`` scaled and shifted, float32, or None where there is no kernel.
 
@@ -123,5 +124,31 @@ def multiply_codes_native(
         codes.data_ptr(), tokens, columns, weight.data_ptr(), rows, sums.data_ptr(), weight_scale.data_ptr(),
         weight_scale.numel(), scale_address, zero_address, per_token,
         None if bias is None else bias.data_ptr(), out.data_ptr(), threads_for(weight.numel()),
+    )  # fmt: skip
+    return out
+
+
+def linear_of_range(
+    x: Tensor,
+    quant_min: int,
+    quant_max: int,
+    divisor: float,
+    weight: Tensor,
+    sums: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    per_token: bool,
+) -> Tensor | None:
+    """Return what :func:`multiply_codes_native` makes of :func:`quantize_by_range`, in one call."""
+    functions = _FAMILY.functions()
+    if functions is None:
+        return None
+    (tokens, columns), rows = x.shape, weight.shape[0]
+    scratch, out = torch.empty(tokens * (columns + 4), dtype=torch.uint8), torch.empty((tokens, rows), dtype=x.dtype)
+    functions.linear_of_range(
+        x.data_ptr(), tokens, columns, quant_min, quant_max, divisor, per_token, weight.data_ptr(), rows,
+        sums.data_ptr(), weight_scale.data_ptr(), weight_scale.numel(), None if bias is None else bias.data_ptr(),
+        scratch.data_ptr(), out.data_ptr(), threads_for(weight.numel()),
     )  # fmt: skip
     return out

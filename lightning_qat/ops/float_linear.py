@@ -102,12 +102,16 @@ def float_linear(x: Tensor, weight: FloatWeight, bias: Tensor | None) -> Tensor:
         weight: of :func:`of_four_bits` or :func:`of_eight_bits`.
         bias: ``[out_features]`` or None.
     """
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-    shift = None if bias is None else bias.to(torch.float32).contiguous()
+    # Each operation that changes nothing costs its call.
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = rows if rows.dtype == torch.float32 else rows.to(torch.float32)
+    shift = bias if bias is None or bias.dtype == torch.float32 else bias.to(torch.float32)
+    shift = None if shift is None else shift.contiguous()
     result: Any
     if weight.table is None:
-        result = linear_float8(rows, weight.codes, weight.scale, shift)
+        result = linear_float8(rows.contiguous(), weight.codes, weight.scale, shift)
     else:
         held = (weight.codes, weight.table, weight.scale, weight.zero)
-        result = linear_float4(rows, *held, shift, high_first=weight.high_first)
-    return result.view(*x.shape[:-1], -1).to(x.dtype)
+        result = linear_float4(rows.contiguous(), *held, shift, high_first=weight.high_first)
+    result = result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
+    return result if x.dtype == torch.float32 else result.to(x.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_qat.native.library import without_native
 from lightning_qat.native.linear_int8 import (
     has_linear_int8,
+    linear_of_range,
     multiply_codes_native,
     quantize_by_range,
     quantize_unsigned_native,
@@ -146,9 +147,9 @@ class LinearWeight:
         sums: Tensor = self.codes.sum(1, dtype=torch.int32)
         return sums
 
-    def takes(self, rows: Tensor) -> bool:
-        """Return whether so few rows of codes are multiplied by the weight as it is."""
-        return self.codes is not None and rows.shape[0] <= FEW_ROWS and type(rows) is Tensor and has_linear_int8()
+    def takes(self, x: Tensor, rows: int) -> bool:
+        """Return whether ``x``, of so many rows, is multiplied by the weight as it is."""
+        return self.codes is not None and rows <= FEW_ROWS and type(x) is Tensor and has_linear_int8()
 
 
 def _prepack(codes: Tensor) -> Tensor:
@@ -202,6 +203,9 @@ def integer_linear_per_tensor(
         weight: of :func:`pack_linear`.
         bias: ``[out_features]`` or None.
     """
+    few = _few_of_range(x, bits, weight, bias, symmetric=symmetric, per_token=False)
+    if few is not None:
+        return few
     found = _by_range(x, bits, symmetric=symmetric, per_token=False)
     if found is None:
         scale, zero_point = choose_scale_zero_point(*torch.aminmax(x), bits=bits, symmetric=symmetric)
@@ -209,10 +213,7 @@ def integer_linear_per_tensor(
         return integer_linear(x, scale, codes, weight, bias, scale.item())
     rows, scale, zero = found
     shift = None if bias is None else bias.to(torch.float32)
-    if weight.takes(rows):
-        result = _multiply_few(rows, scale, zero, weight, shift, per_token=False)
-    else:
-        result = multiply_codes(rows, scale.item(), int(zero.item()), weight, shift)
+    result = multiply_codes(rows, scale.item(), int(zero.item()), weight, shift)
     return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
 
 
@@ -227,6 +228,9 @@ def integer_linear_per_token(x: Tensor, bits: int, weight: LinearWeight, bias: T
         weight: of :func:`pack_linear`.
         bias: ``[out_features]`` or None.
     """
+    few = _few_of_range(x, bits, weight, bias, symmetric=True, per_token=True)
+    if few is not None:
+        return few
     found = _by_range(x, bits, symmetric=True, per_token=True)
     if found is None:
         rows = x.reshape(-1, x.shape[-1])
@@ -235,40 +239,52 @@ def integer_linear_per_token(x: Tensor, bits: int, weight: LinearWeight, bias: T
         )
         codes = quantize_unsigned(rows, scale, code_range(bits, True))
     else:
-        codes, scale, zero = found
-        if weight.takes(codes):
-            shift = None if bias is None else bias.to(torch.float32)
-            result = _multiply_few(codes, scale, zero, weight, shift, per_token=True)
-            return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
+        codes, scale, _ = found
     result = multiply_codes(codes, 1.0, SIGNED_OFFSET, weight, None).mul_(scale.view(-1, 1))
     if bias is not None:
         result.add_(bias)
     return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
 
 
+def _few_of_range(
+    x: Tensor, bits: int, weight: LinearWeight, bias: Tensor | None, *, symmetric: bool, per_token: bool
+) -> Tensor | None:
+    """Return the output of few tokens on the grids of their ranges, or None where they are no such."""
+    if not x.numel() or not weight.takes(x, x.numel() // x.shape[-1]):
+        return None
+    held: Any = (weight.codes, weight.sums, weight.scale, None if bias is None else _plain(bias))
+    result: Any = linear_of_range(_rows(x), *_grid(bits, symmetric), *held, per_token=per_token)
+    return _as_input(result, x)
+
+
 def _by_range(x: Tensor, bits: int, *, symmetric: bool, per_token: bool) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return codes, scale and zero point on the grids that ``choose_scale_zero_point`` gives, or None."""
+    grid = _grid(bits, symmetric)
+    return quantize_by_range(_rows(x), *grid, per_token=per_token) if type(x) is Tensor and x.numel() else None
+
+
+def _grid(bits: int, symmetric: bool) -> tuple[int, int, float]:
+    """Return the end codes, and what a symmetric range is divided by."""
     code_range(bits, symmetric)  # or an error
-    if type(x) is not Tensor or not x.numel():
-        return None
     quant_min, quant_max = quant_range(bits, symmetric)
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-    return quantize_by_range(rows, quant_min, quant_max, quant_max + (bits < 8) * 0.5, per_token=per_token)
+    return quant_min, quant_max, quant_max + (bits < 8) * 0.5
 
 
-def _multiply_few(
-    rows: Tensor,
-    scale: Tensor | float,
-    zero_point: Tensor | int,
-    weight: LinearWeight,
-    bias: Tensor | None,
-    *,
-    per_token: bool,
-) -> Tensor:
-    shift = None if bias is None else bias.contiguous()
-    held = (weight.codes, weight.sums, weight.scale)
-    result: Any = multiply_codes_native(rows.contiguous(), scale, zero_point, *held, shift, per_token=per_token)
-    return result
+# Each operation that changes nothing costs its call: together a tenth of a product of one token.
+
+
+def _plain(x: Tensor) -> Tensor:
+    x = x if x.dtype == torch.float32 else x.to(torch.float32)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return _plain(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+
+
+def _as_input(result: Tensor, x: Tensor) -> Tensor:
+    result = result if x.dim() == 2 else result.view(*x.shape[:-1], result.shape[-1])
+    return result if x.dtype == torch.float32 else result.to(x.dtype)
 
 
 def multiply_codes(rows: Tensor, scale: float, zero_point: int, weight: LinearWeight, bias: Tensor | None) -> Tensor:
@@ -281,9 +297,12 @@ def multiply_codes(rows: Tensor, scale: float, zero_point: int, weight: LinearWe
         weight: of :func:`pack_linear`.
         bias: float32, ``[out_features]``, or None.
     """
-    if weight.takes(rows):
-        return _multiply_few(rows, scale, zero_point, weight, bias, per_token=False)
-    result: Tensor = _onednn().qlinear_pointwise(
+    result: Any
+    if weight.takes(rows, len(rows)):
+        held = (weight.codes, weight.sums, weight.scale, None if bias is None else bias.contiguous())
+        result = multiply_codes_native(rows.contiguous(), scale, zero_point, *held)
+        return result
+    result = _onednn().qlinear_pointwise(
         rows, scale, zero_point, weight.packed, weight.scale, weight.zero_point, bias,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
