@@ -192,8 +192,21 @@ def _onnxruntime_static(model: nn.Module, samples: Tensor) -> Run:
 def _ours_in_onnxruntime(model: nn.Module, samples: Tensor) -> Run:
     prepared = prepare(copy.deepcopy(model), "int8")
     calibrate(prepared, [samples])
+    return _our_session(convert(prepared.eval()), samples)
+
+
+def _ours_weight_only(model: nn.Module, samples: Tensor) -> Run:
+    return _our_session(convert(prepare(copy.deepcopy(model), "w4a16")), samples)
+
+
+def _ours_with_float_inputs(model: nn.Module, samples: Tensor) -> Run:
+    return _our_session(convert(prepare(copy.deepcopy(model), "w4a16")), samples, accuracy_level=1)
+
+
+def _our_session(converted: nn.Module, samples: Tensor, accuracy_level: int | None = None) -> Run:
     with tempfile.TemporaryDirectory() as folder:
-        return _session(export(convert(prepared.eval()), Path(folder) / "ours.onnx", "onnx", example=samples))
+        path = export(converted, Path(folder) / "ours.onnx", "onnx", example=samples)
+        return _session(path, accuracy_level)
 
 
 def _exported(model: nn.Module, samples: Tensor, folder: Path) -> Path:
@@ -220,13 +233,16 @@ def _preprocessed(model: nn.Module, samples: Tensor, folder: Path) -> Path:
     return path
 
 
-def _session(path: Path) -> Run:
+def _session(path: Path, accuracy_level: int | None = None) -> Run:
+    """Return what runs a file; at level 1 packed weights are multiplied by inputs in float32, by default in int8."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Its threads spin while it runs, but not on into the turn of the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if accuracy_level is not None:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
 
@@ -236,26 +252,36 @@ def _session(path: Path) -> Run:
     return run
 
 
-_ONNXRUNTIME = ("onnxruntime", "onnx", "onnxscript")
+ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 
 #: Packages of the peers, in the order of the tables.
-PACKAGES = ("torchao", *_ONNXRUNTIME)
+PACKAGES = ("torchao", *ONNX_PACKAGES)
 #: Of those of ``convert`` and ``matmul``.
 TENSOR_PACKAGES = ("bitsandbytes", "torchao")
+
+_FLOAT_FILE = Peer("onnxruntime float32", _onnxruntime_float, ONNX_PACKAGES)
 
 LINEAR_PEERS = (
     Peer("torch.ao dynamic, per tensor", _torch_ao_dynamic),
     Peer("torchao int8, dynamic per token", _torchao_dynamic, ("torchao",)),
-    Peer("onnxruntime float32", _onnxruntime_float, _ONNXRUNTIME),
-    Peer("onnxruntime int8, dynamic", _onnxruntime_dynamic, _ONNXRUNTIME),
+    _FLOAT_FILE,
+    Peer("onnxruntime int8, dynamic", _onnxruntime_dynamic, ONNX_PACKAGES),
 )
 
-NETWORK_PEERS = (
-    Peer("torch.ao FX", _torch_ao_fx),
-    Peer("onnxruntime float32", _onnxruntime_float, _ONNXRUNTIME),
-    Peer("onnxruntime int8, QDQ static", _onnxruntime_static, _ONNXRUNTIME),
-    Peer("onnxruntime int8, our file", _ours_in_onnxruntime, _ONNXRUNTIME),
+#: Of networks in onnxruntime alone.
+NETWORK_FILES = (
+    _FLOAT_FILE,
+    Peer("onnxruntime int8, QDQ static", _onnxruntime_static, ONNX_PACKAGES),
+    Peer("onnxruntime int8, our file", _ours_in_onnxruntime, ONNX_PACKAGES),
 )
+#: Of Linears.
+WEIGHT_ONLY_FILES = (
+    _FLOAT_FILE,
+    Peer("onnxruntime int4, our file, inputs in 8 bits", _ours_weight_only, ONNX_PACKAGES),
+    Peer("onnxruntime int4, our file, inputs in float32", _ours_with_float_inputs, ONNX_PACKAGES),
+)
+
+NETWORK_PEERS = (Peer("torch.ao FX", _torch_ao_fx), *NETWORK_FILES)
 
 #: Of one Linear in a Sequential.
 MATMUL_PEERS = (

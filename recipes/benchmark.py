@@ -23,8 +23,9 @@ from ._benchmark_gptq import PEER as GPTQ_PEER
 from ._benchmark_gptq import gptq_group
 from ._benchmark_inference import inference_group
 from ._benchmark_matmul import matmul_group
+from ._benchmark_onnx import onnx_group
+from ._benchmark_peers import ONNX_PACKAGES, TENSOR_PACKAGES
 from ._benchmark_peers import PACKAGES as PEER_PACKAGES
-from ._benchmark_peers import TENSOR_PACKAGES
 from ._benchmark_train_step import train_step_group
 from ._errors import ConfigError, nearest
 from ._provenance import source_commit
@@ -38,14 +39,21 @@ GROUPS: dict[str, Callable[[Conditions], Results]] = {
     "gptq": gptq_group,
     "train_step": lambda conditions: train_step_group(conditions.rounds),
     "inference": lambda conditions: inference_group(conditions.rounds),
+    "onnx": lambda conditions: onnx_group(conditions.rounds),
 }
 
 #: Groups that are measured on the CPU wherever the others are.
-_ON_CPU = ("train_step", "inference")
+_ON_CPU = ("train_step", "inference", "onnx")
 _DEVICES = ("auto", "cpu", "cuda")
 
 #: Group -> packages that its peers need.
-_PEERS = {"inference": PEER_PACKAGES, "convert": TENSOR_PACKAGES, "matmul": TENSOR_PACKAGES, "gptq": (GPTQ_PEER,)}
+_PEERS = {
+    "inference": PEER_PACKAGES,
+    "onnx": ONNX_PACKAGES,
+    "convert": TENSOR_PACKAGES,
+    "matmul": TENSOR_PACKAGES,
+    "gptq": (GPTQ_PEER,),
+}
 _PACKAGES = (
     *("lightning-qat", "torch", "lightning", "triton"),
     *dict.fromkeys((*TENSOR_PACKAGES, *PEER_PACKAGES, GPTQ_PEER)),
