@@ -99,6 +99,10 @@ def _function(library: ctypes.CDLL, name: str, letters: str) -> Any:
     return function
 
 
+#: A process forked from this one has none of its threads, and would wait for them.
+_PROCESS = os.getpid()
+
+
 def threads_for(elements: int) -> int:
-    """Return how many of PyTorch's threads go over so many elements."""
-    return max(1, min(torch.get_num_threads(), elements // GRAIN))
+    """Return how many of PyTorch's threads go over so many elements; one in a forked process."""
+    return max(1, min(torch.get_num_threads(), elements // GRAIN)) if os.getpid() == _PROCESS else 1

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.config import PlanLike
-from lightning_qat.nn.execution import IntegerKernel, static_input, takes_integers, weight_values
+from lightning_qat.native.linear_int8 import has_linear_int8
+from lightning_qat.nn.execution import IntegerKernel, reference_reason, static_input, takes_integers, weight_values
 from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
+from lightning_qat.nn.linear_step import linear_in_one_step
+from lightning_qat.nn.native_linear import FewTokens, native_kernel, native_weight_only
 from lightning_qat.nn.region import RegionTensor, settled
 from lightning_qat.nn.single import init_from
 from lightning_qat.nn.triton_linear import linear_by_ops, takes_ops, takes_triton, triton_execution, triton_kernel
@@ -22,6 +25,7 @@ from lightning_qat.ops.digit_linear import DigitWeight, digit_linear, digits_are
 from lightning_qat.ops.int4_linear import INT4_TOKENS, int4_fits, int4_is_exact, int4_linear, pack_int4
 from lightning_qat.ops.integer_conv import CodeGrid
 from lightning_qat.ops.integer_linear import (
+    FEW_ROWS,
     integer_linear,
     integer_linear_per_tensor,
     integer_linear_per_token,
@@ -32,6 +36,8 @@ from lightning_qat.ops.integer_linear import (
 from lightning_qat.ops.outlier_linear import outlier_linear, pack_with_outliers
 from lightning_qat.ops.vectorwise import PER_CODE
 from lightning_qat.schemes import Scheme, get_scheme
+
+_BAGS = "fbgemm int4, weight-only"
 
 
 class QATLinear(QATLayer, nn.Linear):
@@ -48,13 +54,20 @@ class QATLinear(QATLayer, nn.Linear):
         init_from(self, linear, config, quantize_activations)
 
     def forward(self, input: Tensor) -> Tensor:
+        weight, of_weight = self._parameters.get("weight"), self.weight_quantizer
+        if weight is not None:  # one that is computed is computed once
+            x = of_weight.arranged(input)
+            made = linear_in_one_step(x, weight, self.bias, self.input_quantizer, of_weight)
+            if made is not None:
+                return made
         return self.compute(input, lambda x, weight: F.linear(x, weight, self.bias))
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """A converted ``nn.Linear``; on a CPU it computes with integers, weight-only too.
+    """A converted ``nn.Linear``; on a CPU it computes with integers, or in float from packed weights.
 
-    The kernels read a copy of the codes, in int8 or packed int4, made on the first forward pass; no float copy is kept.
+    For few tokens the codes are read as they are stored; for more some kernels read a copy of them, in int8 or packed
+    int4, made when it is first needed. No float copy is kept.
     """
 
     float_class = nn.Linear
@@ -79,23 +92,28 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     @property
     def execution(self) -> str:
         on_gpu = triton_execution(self) if self.weight_packed.device.type == "cuda" else None
-        return super().execution if on_gpu is None else on_gpu
+        if on_gpu is not None:
+            return on_gpu
+        word = native_weight_only(self)
+        return super().execution if word is None else f"native {word}, weight-only"
 
     def _integer_execution(self) -> str:
         fmt = self.input_format
         if fmt is None and self._takes_packed_int4():
             return "packed int4, weight-only"
-        if not linear_is_exact():
+        own = fmt is not None and has_linear_int8()
+        if not own and not linear_is_exact():
             return "reference: no exact integer kernel on this CPU"
         if fmt is None:
             return self._weight_only_execution()
+        kernel = "native" if own else "onednn"
         if fmt.scheme == "llm_int8":
-            return "onednn int8 per token, outliers in float"
+            return f"{kernel} int8 per token, outliers in float"
         if not fmt.dynamic:
-            return "onednn int8"
+            return f"{kernel} int8"
         if fmt.dynamic_range == "tensor":
-            return "onednn int8 per tensor, dynamic"
-        return "onednn int8 per token" if fmt.symmetric else "reference: asymmetric ranges per token"
+            return f"{kernel} int8 per tensor, dynamic"
+        return f"{kernel} int8 per token" if fmt.symmetric else "reference: asymmetric ranges per token"
 
     def _takes_packed_int4(self) -> bool:
         fmt, (rows, columns) = self.weight_format, self.weight_shape
@@ -111,7 +129,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return "reference: weight-only on a big-endian CPU"
         rows, columns = self.weight_shape
         if self._takes_bags():
-            return "fbgemm int4, weight-only"
+            return _BAGS
         pays = digits_pay(1, (rows, columns), self.weight_format.group_size)
         return "onednn int8, weight-only" if pays else "reference: weight-only, too small to gain"
 
@@ -120,12 +138,22 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         if not takes_integers(self, x) or x.shape[-1] != self.weight_shape[1]:
             return None
         # Whatever says so in ``execution`` is known when the kernel is built; the input's own reasons are not.
-        kernel = self.kernel_cache.get(self, (), self._build_kernel)
-        if kernel is None or self.input_format is not None:
+        kernel: Any = self.kernel_cache.get(self, (has_linear_int8(),), self._build_kernel)
+        if kernel is None:
+            return None
+        tokens = x.numel() // x.shape[-1]
+        if self.input_format is not None:
+            return kernel if tokens <= FEW_ROWS or linear_is_exact() else None
+        if type(kernel) is not FewTokens:
+            return kernel if self._takes_more(x, tokens) else None
+        if tokens <= kernel.most:
             return kernel
-        if self._takes_packed_int4():
-            return kernel if x.numel() <= INT4_TOKENS * x.shape[-1] else None
-        return kernel if self._takes_digits(x) else None
+        takes = reference_reason(self) is None and self._takes_more(x, tokens)
+        return kernel.for_more(self._build_for_more) if takes else None
+
+    def _takes_more(self, x: Tensor, tokens: int) -> bool:
+        """Return whether the kernels that are not our own take a float input."""
+        return tokens <= INT4_TOKENS if self._takes_packed_int4() else self._takes_digits(x)
 
     def _takes_digits(self, x: Tensor) -> bool:
         """Return whether a float input goes to integers: where that is faster, and no NaN or infinity is in it."""
@@ -135,15 +163,19 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return math.isfinite(torch.linalg.vector_norm(x, math.inf, dtype=torch.float32).item())
 
     def _build_kernel(self) -> IntegerKernel | None:
-        if self.execution.startswith("reference"):
+        native = native_kernel(self)
+        if native is not None:
+            return native
+        return self._few_tokens() if self.execution == _BAGS else self._build_for_more()
+
+    def _build_for_more(self) -> IntegerKernel | None:
+        if super().execution.startswith("reference"):
             return None
         fmt = self.input_format
         if fmt is None and self._takes_packed_int4():
             size: Any = self.weight_format.group_size
             packed = pack_int4(self.codes, self.weight_scale, self.weight_zero_point, size)
             return lambda x, bias: int4_linear(x, packed, bias)
-        if fmt is None and self._takes_bags():
-            return self._few_tokens()
         if fmt is None:
             whole = self.weight_format.scheme == "llm_int8"
             values, steps = (self.codes, self.scale * PER_CODE) if whole else (weight_values(self), self.weight_scale)
@@ -160,9 +192,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         scale, value, codes = static_input(self)
         grid = CodeGrid(value, codes)
 
-        def kernel(x: Tensor, bias: Tensor | None) -> Tensor:
+        def kernel(x: Any, bias: Tensor | None) -> Tensor:
             straight = x.codes_on(grid) if type(x) is RegionTensor and len(x.seen_shape) == 2 else None
             if straight is None:
+                x = x.plain() if type(x) is RegionTensor else x
                 return integer_linear(x, scale, codes, weight, bias, value)
             return multiply_codes(straight, value, codes.zero_point, weight, None if bias is None else bias.float())
 

@@ -11,6 +11,8 @@ from tensors import randn
 from torch import nn
 
 import lightning_qat as lq
+from lightning_qat.native.library import without_native
+from lightning_qat.native.linear_int8 import has_linear_int8
 from lightning_qat.nn import QuantizedLayer
 from lightning_qat.nn.conv import _QuantizedConv
 from lightning_qat.ops.integer_conv import conv_is_exact
@@ -33,6 +35,11 @@ def reference(layer, x):
         for module in ("lightning_qat.nn.linear", "lightning_qat.nn.conv"):
             patch.setattr(f"{module}.takes_integers", lambda *_: False)
         return layer(x)
+
+
+def kernel_of(layer):
+    """Whose kernel computes a few tokens."""
+    return "native" if isinstance(layer, nn.Linear) and has_linear_int8() else "onednn"
 
 
 def sqnr(wanted, got):
@@ -70,11 +77,11 @@ LAYERS = [
     (lambda: nn.Conv2d(3, 7, 3, padding="valid"), (1, 3, 9, 9)),
 ]
 PLANS = {
-    "preset": ("int8", "onednn int8"),
-    "symmetric": (lq.QATConfig("int8", activation_symmetric=True), "onednn int8"),
-    "w4a8": (lq.QATConfig("int4", bits=4, per_channel=True), "onednn int8"),
-    "asymmetric w4a8": (lq.QATConfig("int4", bits=4, symmetric=False, per_channel=True), "onednn int8"),
-    "w8a5": (lq.QATConfig("int8", activation_bits=5), "onednn int8"),
+    "preset": ("int8", " int8"),
+    "symmetric": (lq.QATConfig("int8", activation_symmetric=True), " int8"),
+    "w4a8": (lq.QATConfig("int4", bits=4, per_channel=True), " int8"),
+    "asymmetric w4a8": (lq.QATConfig("int4", bits=4, symmetric=False, per_channel=True), " int8"),
+    "w8a5": (lq.QATConfig("int8", activation_bits=5), " int8"),
 }
 
 
@@ -84,7 +91,7 @@ def test_integers_equal_the_reference_up_to_float_rounding(build, shape, plan, u
     torch.manual_seed(0)
     x = torch.randn(shape) + 0.5
     layer = conversion(build(), x, PLANS[plan][0])
-    assert layer.execution == PLANS[plan][1]
+    assert layer.execution == kernel_of(layer) + PLANS[plan][1]
     assert layer.execution in repr(layer)
     for values in (x, 4 * x):  # the second beyond the grid
         with torch.no_grad():
@@ -101,7 +108,7 @@ def test_dynamic_ranges_per_token(shape, used):
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.rand(*shape[:-1], 1) * 100
     layer = conversion(nn.Linear(13, 7), x, "int8_dynamic")
-    assert layer.execution == "onednn int8 per token"
+    assert layer.execution == kernel_of(layer) + " int8 per token"
     assert sqnr(reference(layer, x), layer(x)) > 100
     assert len(used) == 1
 
@@ -203,9 +210,15 @@ def test_training_float64_and_a_cpu_that_saturates(monkeypatch, used):
     layer(x.double())
     layer.float()
     monkeypatch.setattr("lightning_qat.nn.linear.linear_is_exact", lambda: False)
-    assert layer.execution == "reference: no exact integer kernel on this CPU"
-    layer(x)
+    with without_native():
+        assert layer.execution == "reference: no exact integer kernel on this CPU"
+        layer(x)
     assert not used
+    if has_linear_int8():  # which is exact on any, and for few tokens alone
+        assert layer.execution == "native int8"
+        assert sqnr(reference(layer, x), layer(x)) > 100
+        layer(randn(100, 8))
+        assert len(used) == 1
 
 
 def test_calls_that_take_the_reference(used):
@@ -347,6 +360,6 @@ def test_save_and_load_round_trip(tmp_path, used):
     lq.save_quantized(converted, tmp_path / "model")
     loaded = lq.load_quantized(tmp_path / "model", fresh)
     executions = [m.execution for m in loaded.modules() if isinstance(m, QuantizedLayer)]
-    assert executions == ["onednn int8, codes out", "onednn int8"]
+    assert executions == ["onednn int8, codes out", kernel_of(nn.Linear(1, 1)) + " int8"]
     assert torch.equal(loaded(x), before)
     assert len(used) == 4

@@ -44,7 +44,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor, threshold: float) -> Tensor:
 def test_products_are_those_of_bitsandbytes(threshold: float, shape: tuple[int, ...]) -> None:
     weight, bias, x = randn(24, 40), randn(24, seed=1), with_outliers(*shape, seed=2)
     layer = converted(weight, bias, threshold)
-    assert layer.execution == "onednn int8 per token, outliers in float"
+    assert layer.execution.endswith(" int8 per token, outliers in float")
     with torch.no_grad():
         result = layer(x)
     expected = exact(x, weight, bias, threshold)

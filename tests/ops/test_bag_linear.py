@@ -15,11 +15,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_qat as lq
+from lightning_qat.native.library import without_native
 from lightning_qat.nn import linear as linear_module
 from lightning_qat.ops import bag_linear as bags
 from lightning_qat.ops.bag_linear import bag_linear, bags_are_exact, bags_fit, pack_bags
 
 pytestmark = pytest.mark.skipif(not bags_are_exact(), reason="no vectorized 4-bit embedding bags here")
+
+
+@pytest.fixture(autouse=True)
+def _without_native():
+    with without_native():  # what computes where there is no compiler, and more tokens
+        yield
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,10 +9,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_qat as lq
+from lightning_qat.native.library import without_native
 from lightning_qat.nn import linear
 from lightning_qat.ops.int4_linear import INT4_GROUPS, int4_is_exact, int4_linear, pack_int4
 
 pytestmark = pytest.mark.skipif(not int4_is_exact(), reason="no packed int4 kernel here")
+
+
+@pytest.fixture(autouse=True)
+def _without_native():
+    with without_native():  # what computes where there is no compiler, and more tokens
+        yield
 
 
 def weight(rows, groups, size, symmetric, seed=0):
