@@ -32,6 +32,6 @@ def made(monkeypatch):
 
         return counted
 
-    for name in ("fake_quantize", "fake_quantize_through"):
+    for name in ("fake_quantize", "fake_quantize_through", "fake_quantize_by_extremes"):
         monkeypatch.setattr(scheme, name, counting(getattr(scheme, name)))
     return shapes

@@ -16,14 +16,16 @@ from lightning_qat.ops.observe import observe_fake_quantize_op, observe_fake_qua
 from lightning_qat.quantizers import fake_quantizer
 from lightning_qat.transforms import defer_ranges, update_ranges
 
+SAW = fake_quantizer.ActivationQuantizer.saw
+
 
 @pytest.mark.parametrize("config", ["int8", lq.QATConfig("int8", activation_symmetric=True)])
 def test_a_run_is_the_same(tmp_path, monkeypatch, config):
     states, passes = [], []
     for devices in (frozenset(), frozenset({"cpu"})):
-        counted = Mock(side_effect=observe_fake_quantize_through)
+        counted = Mock(side_effect=SAW)
         monkeypatch.setattr(fake_quantizer, "ONE_PASS_DEVICES", devices)
-        monkeypatch.setattr(fake_quantizer, "observe_fake_quantize_through", counted)
+        monkeypatch.setattr(fake_quantizer.ActivationQuantizer, "saw", lambda *args: counted(*args))  # noqa: B023
         module = Classifier(seed=2)
         callbacks = [lq.QuantizationAwareTraining(config, start_step=2, freeze_step=6)]
         trainer(tmp_path, callbacks).fit(module, loader())
