@@ -71,9 +71,10 @@ struct Sums {
   double scale, zero;
 };
 
-// LSQ's and LSQ+'s terms of up to kRun elements, and the gradient of x where `to` is given, which may be `grad`.
-template <bool kZero, bool kWrites, typename T>
-void learn_run(const T* grad, const T* __restrict x, T* to, int64_t count, Grid grid, Sums& sums) {
+// LSQ's and LSQ+'s terms of up to kRun elements, and the gradient of x where `to` is given, which may be `grad`;
+// the fake-quantized x where `values` is.
+template <bool kZero, bool kWrites, bool kMakes, typename T>
+void learn_run(const T* grad, const T* __restrict x, T* to, T* __restrict values, int64_t count, Grid grid, Sums& sums) {
   float of_scale[kLanes] = {}, of_zero[kLanes] = {};
   auto lane = [&](int64_t i, int j) {
     const float value = load(x[i]), g = load(grad[i]);
@@ -83,6 +84,7 @@ void learn_run(const T* grad, const T* __restrict x, T* to, int64_t count, Grid 
     const bool out = outside(value, grid);
     of_scale[j] += g * (out ? code : code - ratio);
     if (kZero) of_zero[j] += out ? -grid.scale * g : 0.0f;
+    if (kMakes) store(values[i], code * grid.scale);
     if (kWrites) store_unless(out, to[i], grad[i]);
   };
   int64_t i = 0;
@@ -98,27 +100,30 @@ void learn_run(const T* grad, const T* __restrict x, T* to, int64_t count, Grid 
 }
 
 template <bool kZero, typename T>
-Sums learn_runs(const T* grad, const T* x, T* to, int64_t begin, int64_t end, const Grid& grid) {
+Sums learn_runs(const T* grad, const T* x, T* to, T* values, int64_t begin, int64_t end, const Grid& grid) {
   Sums sums{0.0, 0.0};
   for (; begin < end; begin += kRun) {
     const int64_t count = end - begin < kRun ? end - begin : kRun;
-    if (to) learn_run<kZero, true>(grad + begin, x + begin, to + begin, count, grid, sums);
-    else learn_run<kZero, false>(grad + begin, x + begin, to, count, grid, sums);
+    const T *g = grad + begin, *v = x + begin;
+    if (to && values) learn_run<kZero, true, true>(g, v, to + begin, values + begin, count, grid, sums);
+    else if (to) learn_run<kZero, true, false>(g, v, to + begin, values, count, grid, sums);
+    else if (values) learn_run<kZero, false, true>(g, v, to, values + begin, count, grid, sums);
+    else learn_run<kZero, false, false>(g, v, to, values, count, grid, sums);
   }
   return sums;
 }
 
 // `sums` has two numbers for each row, [outer * channels, 2]; a single row has them for each kPiece of its elements.
 template <bool kZero, typename T>
-void learn(const T* grad, const T* x, T* to, int64_t rows, int64_t channels, int64_t inner, const Parameters& all,
-           Sums* sums, int32_t threads) {
+void learn(const T* grad, const T* x, T* to, T* values, int64_t rows, int64_t channels, int64_t inner,
+           const Parameters& all, Sums* sums, int32_t threads) {
   const bool single = rows == 1;
   const int64_t length = single ? kPiece : inner, count = rows * inner;
   const int64_t pieces = single ? (inner + kPiece - 1) / kPiece : rows;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t begin = piece * length, end = begin + length < count ? begin + length : count;
-    sums[piece] = learn_runs<kZero>(grad, x, to, begin, end, all.at(single ? 0 : piece % channels));
+    sums[piece] = learn_runs<kZero>(grad, x, to, values, begin, end, all.at(single ? 0 : piece % channels));
   }
 }
 
@@ -269,11 +274,11 @@ void row_extremes(const T* x, int64_t rows, int64_t columns, float* low, float* 
                                         float first, float last, int32_t threads) {                                  \
     input_gradient<T>(grad, x, to, outer, channels, inner, Parameters{scale, zero, kind, first, last}, threads);     \
   }                                                                                                                  \
-  extern "C" void learn_##NAME(const T* grad, const T* x, T* to, int64_t outer, int64_t channels, int64_t inner,     \
-                               const float* scale, const void* zero, int32_t kind, float first, float last,          \
-                               double* sums, int32_t threads) {                                                      \
+  extern "C" void learn_##NAME(const T* grad, const T* x, T* to, T* values, int64_t outer, int64_t channels,         \
+                               int64_t inner, const float* scale, const void* zero, int32_t kind, float first,       \
+                               float last, double* sums, int32_t threads) {                                          \
     const Parameters all{scale, zero, kind, first, last};                                                            \
-    (kind ? learn<true, T> : learn<false, T>)(grad, x, to, outer * channels, channels, inner, all,                   \
+    (kind ? learn<true, T> : learn<false, T>)(grad, x, to, values, outer * channels, channels, inner, all,           \
                                               reinterpret_cast<Sums*>(sums), threads);                               \
   }                                                                                                                  \
   extern "C" void observe_##NAME(const T* x, T* y, int64_t count, const float* scale, const void* zero,              \

@@ -24,7 +24,7 @@ _FAMILY = Family(
         for name, letters in {
             "quantize": f"ppqqq{_GRID}i",
             "input_gradient": f"pppqqq{_GRID}i",
-            "learn": f"pppqqq{_GRID}pi",
+            "learn": f"ppppqqq{_GRID}pi",
             "observe": f"ppq{_GRID}pi",
             "quantize_input": f"ppq{_GRID}ppqpi",
             "quantize_by_absmax": "ppqqpfffi",
@@ -105,6 +105,8 @@ def learned_sums(
     zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
+    *,
+    values: Tensor | None = None,
 ) -> Tensor | None:
     """Return the gradients of each scale and zero point, float64 ``[C, 2]``; None where there is no kernel.
 
@@ -117,6 +119,7 @@ def learned_sums(
         zero_point: likewise, or None.
         quant_min: smallest code.
         quant_max: largest code.
+        values: gets the fake-quantized ``x``; lies as it does.
     """
     function, grid = _find("learn", x), _parameters(scale, zero_point)
     if function is None or grid is None:
@@ -124,7 +127,7 @@ def learned_sums(
     outer, channels, inner = layout
     pieces = outer * channels if outer * channels > 1 else -(-inner // _PIECE)
     sums = torch.empty(pieces, 2, dtype=torch.float64)
-    addresses = grad.data_ptr(), x.data_ptr(), 0 if out is None else out.data_ptr()
+    addresses = grad.data_ptr(), x.data_ptr(), *(0 if t is None else t.data_ptr() for t in (out, values))
     function(*addresses, *layout, *grid, quant_min, quant_max, sums.data_ptr(), threads_for(x.numel()))
     if pieces == channels:
         return sums

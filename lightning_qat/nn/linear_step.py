@@ -113,18 +113,21 @@ class _Quantized:
         native.quantize(x, result, *self.grid)
         return result
 
-    def gradients(self, grad: Tensor, x: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(
+        self, grad: Tensor, x: Tensor, wanted: bool, values: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of ``x`` if it is wanted, and of the learned exponent and offset.
 
         Args:
             grad: of the fake-quantized ``x``; no one else's, it is written into.
             x: the tensor.
             wanted: whether it has a gradient.
+            values: gets what :meth:`values` returns, where a scale is learned.
         """
         if self.learned is None or self.grid is None:
             return self._inside(grad, x) if wanted else None, None, None
         _, scale, zero_point, quant_min, quant_max = self.grid
-        sums: Any = native.learned_sums(grad, x, grad if wanted else None, *self.grid)
+        sums: Any = native.learned_sums(grad, x, grad if wanted else None, *self.grid, values=values)
         of_zero = None if zero_point is None else sums[:, 1].to(torch.float32)
         of_scale, levels = sums[:, 0].to(torch.float32), quant_max - quant_min
         flat = scale.view(self.learned.exponent.shape)
@@ -211,18 +214,23 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight = ctx.quantized
         x, weight = _saved(ctx, of_weight.name)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        rows, columns = grad.reshape(-1, grad.shape[-1]), x.view(-1, x.shape[-1])
+        rows = grad.reshape(-1, grad.shape[-1])
         for_x: tuple[Tensor | None, ...] = (None, None, None)
-        for_weight = for_x
+        for_weight, made_x = for_x, None
         if needs_x or of_x.learned is not None:
             with passing_results():
                 made = of_weight.values(weight)
-            for_x = of_x.gradients(rows.mm(made).view(x.shape), x, needs_x)
+            of_values = rows.mm(made).view(x.shape)
+            if of_x.learned is not None:  # one pass for both
+                with passing_results():
+                    made_x = empty_result(x, 0)
+            for_x = of_x.gradients(of_values, x, needs_x, made_x)
             del made
         if needs_weight or of_weight.learned is not None:
-            with passing_results():
-                made = of_x.values(columns)
-            for_weight = of_weight.gradients(rows.t().mm(made), weight, needs_weight)
+            if made_x is None:
+                with passing_results():
+                    made_x = of_x.values(x)
+            for_weight = of_weight.gradients(rows.t().mm(made_x.view(-1, x.shape[-1])), weight, needs_weight)
         return for_x[0], for_weight[0], rows.sum(0) if needs_bias else None, *for_x[1:], *for_weight[1:], None
 
 
