@@ -283,7 +283,7 @@ def _choose(
             shared_by_rows=not scale.dim(), block_size=options.block_size,
         )  # fmt: skip
         steps = grid.of(torch.arange(len(lying), device=lying.device))
-        columns, added = lying.sub_(values_of_levels(codes, steps, grid.levels)), solved.added
+        columns, added = lying - values_of_levels(codes, steps, grid.levels), solved.added
         if refits and width is not None:
             scale = _scale_of(grid, scale)
     damped = float(torch.linalg.vector_norm(columns, dim=1).square_().mul_(added).sum(dtype=torch.float64))

@@ -220,9 +220,10 @@ def test_weights_of_other_dtypes_and_strides(dtype: torch.dtype) -> None:
     assert torch.equal(chosen.scale, expected.scale)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 9), (3, 1), (17, 130), (2, 128)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 9), (3, 1), (1, 1), (17, 130), (2, 128)])
 def test_odd_sizes(rows: int, columns: int) -> None:
     weight, gram = layer(rows, columns)
+    given = weight.clone(), gram.clone()
     for fmt in (
         TensorFormat("int8", 8, True, axis=0),
         TensorFormat("int4", 4, False),
@@ -231,6 +232,9 @@ def test_odd_sizes(rows: int, columns: int) -> None:
         chosen = choose_gptq(weight, gram, fmt)
         assert chosen.loss <= chosen.nearest_loss
         assert torch.equal(again(chosen), chosen.codes)
+        # A row or a column is contiguous whichever way it lies: what is transposed is then no copy.
+        assert torch.equal(weight, given[0])
+        assert torch.equal(gram, given[1])
 
 
 def test_scales_from_outside_are_kept() -> None:
