@@ -13,8 +13,10 @@ using qat::share;
 #ifdef QAT_VECTORS
 #define QAT_UNROLL _Pragma("GCC unroll 16")
 #define QAT_TILE(rows, tokens) static constexpr int kMostRows = rows, kMostTokens = tokens;
+#define QAT_FEW_ROWS 4
 #else
 #define QAT_UNROLL
+#define QAT_FEW_ROWS 1
 #define QAT_TILE(rows, tokens) static constexpr int kMostRows = 1, kMostTokens = 1;
 #endif
 
@@ -292,34 +294,41 @@ struct Whole8 {
 // Tokens whose inputs stay in the cache while all rows go by.
 constexpr int64_t kTokensAtOnce = 32;
 
-template <typename Bits, int kRows, int kTokens = Bits::kMostTokens>
+template <typename Bits, int kRows, int kTokens>
 void tile_of(const Product& p, int64_t row, int64_t token, int64_t count) {
   if (count == kTokens) Bits::template tile<kRows, kTokens>(p, row, token);
   else if constexpr (kTokens > 1) tile_of<Bits, kRows, kTokens - 1>(p, row, token, count);
 }
 
 // The sum of a row and a token is added up in the same order in every tile.
-template <typename Bits, int kRows>
+template <typename Bits, int kRows, int kTokens>
 void tokens_of(const Product& p, int64_t row, int64_t begin, int64_t end) {
-  const int64_t parts = (end - begin + Bits::kMostTokens - 1) / Bits::kMostTokens;
+  const int64_t parts = (end - begin + kTokens - 1) / kTokens;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t token = begin + share(end - begin, part, parts);
-    tile_of<Bits, kRows>(p, row, token, begin + share(end - begin, part + 1, parts) - token);
+    tile_of<Bits, kRows, kTokens>(p, row, token, begin + share(end - begin, part + 1, parts) - token);
   }
 }
 
-template <typename Bits>
-void multiply(const Product& p, int32_t threads) {
+template <typename Bits, int kRows, int kTokens>
+void multiply_tiles(const Product& p, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int32_t part = 0; part < threads; ++part) {
     const int64_t last = share(p.rows, part + 1, threads);
     for (int64_t begin = 0; begin < p.tokens; begin += kTokensAtOnce) {
       const int64_t end = begin + kTokensAtOnce < p.tokens ? begin + kTokensAtOnce : p.tokens;
       int64_t row = share(p.rows, part, threads);
-      for (; row + Bits::kMostRows <= last; row += Bits::kMostRows) tokens_of<Bits, Bits::kMostRows>(p, row, begin, end);
-      for (; row < last; ++row) tokens_of<Bits, 1>(p, row, begin, end);
+      for (; row + kRows <= last; row += kRows) tokens_of<Bits, kRows, kTokens>(p, row, begin, end);
+      for (; row < last; ++row) tokens_of<Bits, 1, kTokens>(p, row, begin, end);
     }
   }
+}
+
+template <typename Bits>
+void multiply(const Product& p, int32_t threads) {
+  constexpr int kFew = 2;  // whose sums leave registers to more rows
+  if (p.tokens <= kFew && Bits::kMostTokens > kFew) multiply_tiles<Bits, QAT_FEW_ROWS, kFew>(p, threads);
+  else multiply_tiles<Bits, Bits::kMostRows, Bits::kMostTokens>(p, threads);
 }
 
 }  // namespace

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lightning_qat.nn.execution import IntegerKernel, state_reason, weight_values
 from lightning_qat.nn.triton_linear import four_bit_groups
 from lightning_qat.ops.float_linear import (
-    FEW_TOKENS,
-    FEW_TOKENS_IN_GROUPS,
     FloatWeight,
     eight_bits_fit,
     float_linear,
     four_bits_fit,
+    most_tokens,
     of_eight_bits,
     of_four_bits,
 )
@@ -82,15 +80,12 @@ def native_kernel(layer: QuantizedLayer) -> FewTokens | None:
     word = native_weight_only(layer)
     if word is None:
         return None
+    (rows, columns), dtype = layer.weight_shape, layer.weight_dtype
     if word != "int8":
         scale, zero, size, name = four_bit_groups(layer)
         held = (layer.weight_packed.reshape(-1), scale, zero)
-        return FewTokens(of_four_bits(*held, layer.weight_shape[0], size, name), _most(layer, size))
+        return FewTokens(of_four_bits(*held, rows, size, name), most_tokens(4, rows, columns, size, dtype))
+    most = most_tokens(8, rows, columns, layer.weight_format.group_size or columns, dtype)
     if layer.weight_format.scheme == "llm_int8":
-        return FewTokens(of_eight_bits(layer.codes, layer.scale * PER_CODE), FEW_TOKENS)
-    return FewTokens(of_eight_bits(weight_values(layer), layer.weight_scale), FEW_TOKENS)
-
-
-def _most(layer: QuantizedLayer, size: int) -> int:
-    in_groups = size < layer.weight_shape[1] and layer.weight_dtype == torch.float32
-    return FEW_TOKENS_IN_GROUPS if in_groups else FEW_TOKENS
+        return FewTokens(of_eight_bits(layer.codes, layer.scale * PER_CODE), most)
+    return FewTokens(of_eight_bits(weight_values(layer), layer.weight_scale), most)

@@ -16,11 +16,15 @@ from torch import Tensor
 from lightning_qat.native.linear_float import fits_float4, fits_float8, has_linear_float, linear_float4, linear_float8
 from lightning_qat.ops.codebook_tables import codebook
 
-#: Tokens up to which this is faster than what there is for more.
-FEW_TOKENS = 32
-#: The same for weights in groups or blocks and float32, which for more tokens are dequantized: 4096 x 4096 in groups of
-#: 128, one core: 64 tokens 20 ms, dequantizing and multiplying 40.
-FEW_TOKENS_IN_GROUPS = 64
+#: Tokens times weights, by the bits of a code, up to which this is faster than what there is for more tokens of weights
+#: without groups: digits of eight bits. One core, milliseconds of this and of them, int8: 4096 x 4096, four tokens 2.2
+#: and 2.4, eight 3.8 and 3.0; 2048 x 2048, twelve tokens 1.5 and 1.6, sixteen 1.7 and 1.5.
+_PRODUCTS_WITHOUT_GROUPS = {4: 128 * 2**20, 8: 64 * 2**20}
+#: For weights in groups or blocks that is dequantizing: int4 in groups of 128, 64 tokens 20 and 45, 128 tokens 41 and
+#: 59; nf4, 64 tokens 28 and 45. In 16 bits a product costs next to nothing: 64 tokens 21 and 26, nf4 29 and 26.
+_MOST_IN_WIDE_GROUPS, _MOST_IN_GROUPS = 128, 64
+#: Codes in groups this wide have a table of their values made for each.
+_WIDE_GROUP = 128
 
 #: With fewer weights dequantizing them for a product of the library takes no longer than this room's calls.
 _FEWEST_WEIGHTS = 128 * 128
@@ -53,6 +57,22 @@ def four_bits_fit(rows: int, columns: int, group_size: int) -> bool:
 def eight_bits_fit(rows: int, columns: int, group_size: int) -> bool:
     """Return whether int8 codes ``[rows, columns]``, ``group_size`` of which share a scale, are read as stored."""
     return _pays(rows, columns) and fits_float8(columns, group_size)
+
+
+def most_tokens(bits: int, rows: int, columns: int, group_size: int, dtype: torch.dtype) -> int:
+    """Return up to how many tokens this is the fastest way, as measured.
+
+    Args:
+        bits: of the codes as they are read, 4 or 8.
+        rows: of the weight.
+        columns: of the weight.
+        group_size: columns that share a scale.
+        dtype: of the input.
+    """
+    if group_size >= columns:
+        return max(1, min(_MOST_IN_GROUPS, _PRODUCTS_WITHOUT_GROUPS[bits] // (rows * columns)))
+    most = _MOST_IN_WIDE_GROUPS if bits == 4 and group_size % _WIDE_GROUP == 0 else _MOST_IN_GROUPS
+    return most if dtype == torch.float32 else most // 2
 
 
 def _pays(rows: int, columns: int) -> bool:

@@ -38,6 +38,8 @@ MAX_TERMS = (2**31 - 1) // (255 * 128)
 #: Rows of codes up to which the kernel that reads the weight as it is stored is faster. 4096 x 4096, one core,
 #: milliseconds of it and of oneDNN's: one row 0.9 and 1.7, eight 1.7 and 2.0, twelve 2.2 and 2.0.
 FEW_ROWS = 8
+#: The same for weights of up to so many elements: 2048 x 2048, twelve rows 0.65 and 0.75, sixteen 0.8 and 0.9.
+_FEW_ROWS_OF_SMALL, _SMALL = 16, 4 * 2**20
 
 #: Inputs of more than two blocks go through float scratch memory of one: 64 x 128 x 32 x 32 takes 3 ms on two
 #: cores, where a fresh float tensor of that size makes it 13.
@@ -133,6 +135,8 @@ class LinearWeight:
         self.scale = scale
         self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
         self.codes: Any = codes if few else None
+        #: Rows of an input that are few.
+        self.few = 0 if not few else FEW_ROWS if codes.numel() > _SMALL else _FEW_ROWS_OF_SMALL
         if not few:
             self.packed = _prepack(codes)
 
@@ -149,7 +153,7 @@ class LinearWeight:
 
     def takes(self, x: Tensor, rows: int) -> bool:
         """Return whether ``x``, of so many rows, is multiplied by the weight as it is."""
-        return self.codes is not None and rows <= FEW_ROWS and type(x) is Tensor and has_linear_int8()
+        return rows <= self.few and type(x) is Tensor and has_linear_int8()
 
 
 def _prepack(codes: Tensor) -> Tensor:

@@ -18,7 +18,14 @@ from lightning_qat.native import linear_float as native
 from lightning_qat.native.library import without_native
 from lightning_qat.ops import float_linear as float_linear_module
 from lightning_qat.ops.codebook_tables import codebook
-from lightning_qat.ops.float_linear import eight_bits_fit, float_linear, four_bits_fit, of_eight_bits, of_four_bits
+from lightning_qat.ops.float_linear import (
+    eight_bits_fit,
+    float_linear,
+    four_bits_fit,
+    most_tokens,
+    of_eight_bits,
+    of_four_bits,
+)
 from lightning_qat.ops.nibbles import pack_nibbles
 from lightning_qat.ops.packing import pack_bits
 
@@ -157,6 +164,15 @@ def test_what_fits(monkeypatch):
     monkeypatch.undo()
     with without_native():
         assert not four_bits_fit(256, 256, 32)
+
+
+def test_up_to_how_many_tokens():
+    half, single = torch.bfloat16, torch.float32
+    for size, eight, four in [(4096, 4, 8), (2048, 16, 32), (1024, 64, 64), (256, 64, 64), (32768, 1, 1)]:
+        assert most_tokens(8, size, size, size, single) == most_tokens(8, size, size, size, half) == eight
+        assert most_tokens(4, size, size, size, half) == four
+    assert [most_tokens(4, 256, 256, 128, d) for d in (single, half)] == [128, 64]
+    assert [most_tokens(b, 256, 256, 64, d) for b in (4, 8) for d in (single, half)] == [64, 32] * 2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

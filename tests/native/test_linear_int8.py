@@ -108,15 +108,17 @@ def test_sums_are_exact_whatever_the_codes(tokens, k, n, seed):
 
 
 @needs_witness
-def test_more_tokens_than_few_are_multiplied_by_the_packed_weight(monkeypatch):
+def test_more_tokens_than_few_are_multiplied_by_the_packed_weight():
     weight = pack_linear(*random_weight(5, 40, 0, True))
-    integer_linear_per_token(randn(FEW_ROWS, 40), 8, weight, None)
+    assert weight.few == 2 * FEW_ROWS
+    integer_linear_per_token(randn(weight.few, 40), 8, weight, None)
     assert "packed" not in vars(weight)
-    integer_linear_per_token(randn(FEW_ROWS + 1, 40), 8, weight, None)
+    integer_linear_per_token(randn(weight.few + 1, 40), 8, weight, None)
     assert "packed" in vars(weight)
     with without_native():  # as before there were these kernels: one copy
         weight = pack_linear(*random_weight(5, 40, 0, True))
     assert weight.codes is None
+    assert weight.few == 0
 
 
 def test_the_weight_is_read_as_it_is_stored():
