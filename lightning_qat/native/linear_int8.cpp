@@ -171,6 +171,9 @@ void tokens_of(const Product& p, int64_t row) {
 
 void multiply(const Product& p, int64_t begin, int64_t end) {
   int64_t row = begin;
+  // Read side by side, more rows keep the memory busier: 0.50 ms of two cores where four rows take 0.56.
+  if (p.tokens == 1)
+    for (; row + 2 * kTileRows <= end; row += 2 * kTileRows) tile<2 * kTileRows, 1>(p, row, 0);
   for (; row + kTileRows <= end; row += kTileRows) tokens_of<kTileRows>(p, row);
   for (; row < end; ++row) tokens_of<1>(p, row);
 }
