@@ -18,7 +18,7 @@ from lightning_qat.native import fake_quantize as native
 from lightning_qat.nn.recompute import has_memory_of_its_own
 from lightning_qat.ops.layout import empty_result
 from lightning_qat.ops.straight_through import apply_plainly, differentiable_once, grid_for
-from lightning_qat.ops.workspace import passing_results
+from lightning_qat.ops.workspace import SHORT_LIVED, passing_results
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
 from lightning_qat.quantizers.learned_scale import LearnedScale, parameter_gradients
 from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
@@ -205,7 +205,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         ctx.quantized = of_x, of_weight = rest[-1]
         ctx.save_for_backward(x, weight)
-        with passing_results():
+        with passing_results(SHORT_LIVED):
             return F.linear(of_x.first_values(x), of_weight.first_values(weight), bias)
 
     @staticmethod
@@ -218,17 +218,17 @@ class _Linear(torch.autograd.Function):
         for_x: tuple[Tensor | None, ...] = (None, None, None)
         for_weight, made_x = for_x, None
         if needs_x or of_x.learned is not None:
-            with passing_results():
+            with passing_results(SHORT_LIVED):
                 made = of_weight.values(weight)
             of_values = rows.mm(made).view(x.shape)
             if of_x.learned is not None:  # one pass for both
-                with passing_results():
+                with passing_results(SHORT_LIVED):
                     made_x = empty_result(x, 0)
             for_x = of_x.gradients(of_values, x, needs_x, made_x)
             del made
         if needs_weight or of_weight.learned is not None:
             if made_x is None:
-                with passing_results():
+                with passing_results(SHORT_LIVED):
                     made_x = of_x.values(x)
             for_weight = of_weight.gradients(rows.t().mm(made_x.view(-1, x.shape[-1])), weight, needs_weight)
         return for_x[0], for_weight[0], rows.sum(0) if needs_bias else None, *for_x[1:], *for_weight[1:], None
