@@ -56,7 +56,7 @@ def assert_same(*case: Tensor | int | bool | None) -> None:
         assert same_bits(one, other), place
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases(), st.integers(1, 4))
 def test_bits_are_those_of_pytorchs_operations(
     case: tuple[Tensor, Tensor, Tensor | None, int, bool], threads: int
@@ -65,7 +65,7 @@ def test_bits_are_those_of_pytorchs_operations(
         assert_same(*case)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cases())
 def test_another_processor_gets_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, case: tuple[Tensor, Tensor, Tensor | None, int, bool]

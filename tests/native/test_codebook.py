@@ -48,7 +48,7 @@ def assert_same(x: Tensor, name: str, block: int, rule: str, factor: float | Non
         assert same_bits(one, other), place
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(values(), FORMATS, st.sampled_from((None, None, 0.5, 2.0)), st.integers(1, 4))
 def test_bits_are_those_of_pytorchs_operations(
     x: Tensor, fmt: tuple[str, int, str], factor: float | None, threads: int
@@ -70,7 +70,7 @@ def test_ratios_on_thresholds_and_beside_them(name: str, rule: str) -> None:
         assert torch.equal(found, ops.choose_codes(x, name, rule))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values(), FORMATS)
 def test_another_processor_gets_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, x: Tensor, fmt: tuple[str, int, str]

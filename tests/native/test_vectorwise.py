@@ -42,7 +42,7 @@ def assert_same(x: Tensor, threshold: float) -> None:
         assert same_bits(one, other), place
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(values(), st.integers(1, 40), THRESHOLDS, st.booleans(), st.integers(1, 4))
 def test_bits_are_those_of_pytorchs_operations(
     x: Tensor, rows: int, threshold: float, transposed: bool, threads: int
@@ -53,7 +53,7 @@ def test_bits_are_those_of_pytorchs_operations(
         assert_same(matrix.t() if transposed else matrix, threshold)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values(), THRESHOLDS)
 def test_another_processor_gets_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, x: Tensor, threshold: float
