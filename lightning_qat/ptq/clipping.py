@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_qat.native.clipping import best_shares
+from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.ptq.awq import rows_are_independent
 from lightning_qat.ptq.chosen import ChosenCodes, output_error
 from lightning_qat.ptq.column_grid import part_columns
 from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.scale_search import search_scales as search_ranges
-from lightning_qat.schemes import TensorFormat, get_scheme, rows_of, scale_shape
+from lightning_qat.schemes import IntegerScheme, TensorFormat, get_scheme, rows_of, scale_shape
 from lightning_qat.validation import check_fraction, check_int
 
 #: Elements of weights that are worked on at a time.
@@ -124,6 +126,14 @@ class _Ranges:
         """Return ``Q - W``, shaped as the rows."""
         return self.scheme.fake_quantize(self.rows, *self.parameters(low, high), self.fmt).sub_(self.rows)
 
+    def best_of(self, low: Tensor, high: Tensor, own: Tensor, others: Tensor | None) -> Tensor | None:
+        """Return which shares lose least of those of each row, ``[tries, rows]``; None where they are tried in turn."""
+        if type(self.scheme) is not IntegerScheme:
+            return None
+        step, zero = self.scheme.parameters(self.low * low, self.high * high, self.fmt)
+        at_zero = None if self.fmt.symmetric else zero.to(torch.float32)
+        return best_shares(self.rows, own, others, step, at_zero, quant_range(self.fmt.bits, self.fmt.symmetric))
+
 
 def _whole_tensor(weight: Tensor, gram: Tensor, fmt: TensorFormat, options: ClippingOptions) -> tuple[Tensor, Tensor]:
     ranges = _Ranges(weight, fmt)
@@ -174,6 +184,9 @@ def _row_losses(errors: Tensor, gram: Tensor) -> Tensor:
 def _each_alone(weight: Tensor, gram: Tensor, fmt: TensorFormat, width: int, options: ClippingOptions) -> Tensor:
     """Return the best share of each group with no error anywhere else, flat."""
     ranges, count = _Ranges(weight, fmt), weight.shape[1] // width
+    at_once = _each_alone_at_once(weight, gram, fmt, width, options)
+    if at_once is not None:
+        return at_once
     blocks = torch.stack([gram[i * width : (i + 1) * width, i * width : (i + 1) * width] for i in range(count)])
     best = torch.full((len(weight), count), torch.inf, device=weight.device)
     share = torch.ones_like(best)
@@ -184,6 +197,20 @@ def _each_alone(weight: Tensor, gram: Tensor, fmt: TensorFormat, width: int, opt
         best = torch.where(better, loss, best)
         share = torch.where(better, tried, share)
     return share.reshape(-1)
+
+
+def _each_alone_at_once(
+    weight: Tensor, gram: Tensor, fmt: TensorFormat, width: int, options: ClippingOptions
+) -> Tensor | None:
+    shares = torch.tensor(_shares(fmt, options), dtype=torch.float32, device=weight.device)
+    tried, found = shares[:, None].expand(-1, len(weight)), []
+    for start in range(0, weight.shape[1], width):
+        columns = slice(start, start + width)
+        best = _Ranges(weight[:, columns].contiguous(), fmt).best_of(tried, tried, gram[columns, columns], None)
+        if best is None:
+            return None
+        found.append(shares[best])
+    return torch.stack(found, 1).reshape(-1)
 
 
 def _sweep(
@@ -205,15 +232,10 @@ def _sweep(
             own = gram[columns, columns]
             ranges = _Ranges(weight[:, columns].contiguous(), fmt)
             before = errors[:, columns].clone()
+            now, way = (low[:, group].clone(), high[:, group].clone()), ways[number % len(ways)]
+            tried = [now, *(way(share, *now) for share in _shares(fmt, options))]
             others = products[:, columns] - torch.mm(before, own)
-            best = _with_others(before, own, others)
-            at_low, at_high = low[:, group].clone(), high[:, group].clone()
-            for share in _shares(fmt, options):
-                tried = ways[number % len(ways)](share, low[:, group], high[:, group])
-                loss = _with_others(ranges.errors(*tried), own, others)
-                better = loss < best
-                best = torch.where(better, loss, best)
-                at_low, at_high = torch.where(better, tried[0], at_low), torch.where(better, tried[1], at_high)
+            at_low, at_high = _best_with_others(ranges, before, own, others, tried)
             errors[:, columns] = ranges.errors(at_low, at_high)
             low[:, group], high[:, group] = at_low, at_high
             products.addmm_(errors[:, columns] - before, gram[columns])
@@ -221,6 +243,23 @@ def _sweep(
         if not changed and number >= len(ways):
             break
     return low.view(-1), high.view(-1)
+
+
+def _best_with_others(
+    ranges: _Ranges, before: Tensor, own: Tensor, others: Tensor, tried: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Return the shares of least loss of those tried; ``before`` are the errors of the first."""
+    lows, highs = (torch.stack(ends) for ends in zip(*tried, strict=True))
+    at_once = ranges.best_of(lows, highs, own, others)
+    if at_once is not None:
+        return lows.gather(0, at_once[None])[0], highs.gather(0, at_once[None])[0]
+    best, (at_low, at_high) = _with_others(before, own, others), tried[0]
+    for low, high in tried[1:]:
+        loss = _with_others(ranges.errors(low, high), own, others)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        at_low, at_high = torch.where(better, low, at_low), torch.where(better, high, at_high)
+    return at_low, at_high
 
 
 def _with_others(errors: Tensor, own: Tensor, others: Tensor) -> Tensor:
