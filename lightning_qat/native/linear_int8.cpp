@@ -79,7 +79,7 @@ void to_codes(const float* __restrict x, int64_t count, float scale, int32_t zer
               uint8_t* __restrict codes) {
   for (int64_t i = 0; i < count; ++i) {
     const float shifted = clamp(x[i] / scale, low, high) + kRounder;
-    codes[i] = static_cast<uint8_t>(bits_of(shifted) + zero);
+    codes[i] = static_cast<uint8_t>((shifted != shifted ? 0 : bits_of(shifted)) + zero);  // NaN: whatever its bits are
   }
 }
 

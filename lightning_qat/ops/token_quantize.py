@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_qat.native.linear_int8 import quantize_by_range
 from lightning_qat.ops.affine import choose_scale_zero_point, quantize_affine
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 
@@ -59,6 +60,18 @@ def _(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     codes = x.new_empty(x.shape, dtype=torch.int8 if symmetric else torch.uint8)
     zero = x.new_empty(0 if symmetric else kept, dtype=torch.int32)
     return codes, x.new_empty(kept, dtype=torch.float32), zero
+
+
+@token_quantize_op.register_kernel("cpu")
+def token_quantize_cpu(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition in one pass over each row, for symmetric codes, where there is a compiler."""
+    if symmetric and x.dtype in _DTYPES and x.numel():
+        found = quantize_by_range(x.reshape(-1, x.shape[-1]).float().contiguous(), -127, 127, 127.0, per_token=True)
+        if found is not None:
+            codes, scale, _ = found
+            signed = codes.bitwise_xor_(128).view(torch.int8).view(x.shape)  # adding 128 modulo 256
+            return signed, scale.view(*x.shape[:-1], 1), scale.new_empty(0, dtype=torch.int32)
+    return reference_token_quantize(x, symmetric)
 
 
 def token_quantize_cuda(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
