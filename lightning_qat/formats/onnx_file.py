@@ -54,7 +54,7 @@ def _pack(graph: Any) -> None:
             if name not in packed:
                 codes = torch.from_numpy(numpy_helper.to_array(source).copy())
                 packed[name] = TensorProto(name=name, data_type=TensorProto.DataType.Value(kind), dims=source.dims)
-                packed[name].raw_data = _two_a_byte(codes).numpy().tobytes()
+                packed[name].raw_data = two_a_byte(codes).numpy().tobytes()
             node.input[place] = name
     used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     kept = [initializer for initializer in graph.initializer if initializer.name in used]
@@ -65,7 +65,7 @@ def _pack(graph: Any) -> None:
     graph.value_info.extend(described)
 
 
-def _two_a_byte(codes: Tensor) -> Tensor:
-    """Return ``codes``, the first of each two in the lower half."""
+def two_a_byte(codes: Tensor) -> Tensor:
+    """Return ``codes`` in one row of bytes, the first of each two in the lower half; a last one beside 0."""
     halves = torch.nn.functional.pad(codes.flatten() & 15, (0, codes.numel() % 2)).to(torch.uint8).reshape(-1, 2)
     return halves[:, 0] | (halves[:, 1] << 4)

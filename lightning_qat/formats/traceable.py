@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qat.formats.onnx_file import two_a_byte
 from lightning_qat.formats.traced_convolutions import TracedConv, TracedConvTranspose, TracedUnfolded, unfolds
 from lightning_qat.formats.traced_layers import Traced, TracedEmbedding, TracedLinear
 from lightning_qat.nn import QuantizedConvTranspose2d, QuantizedEmbedding, QuantizedLayer, QuantizedLinear
@@ -33,6 +34,11 @@ def make_traceable(name: str, layer: QuantizedLayer) -> None:
         codes = codes.movedim(1, -1).flatten(1).t().contiguous()
         if fmt.group_size is not None:
             scale, zero = scale.t().contiguous(), zero.t().contiguous()
+    if kind is TracedEmbedding:
+        traced.onnx_two_a_byte = fmt.bits <= 4 and codes.shape[1] % 2 == 0
+        if traced.onnx_two_a_byte:
+            moved = 8 if fmt.symmetric else 0
+            codes, zero = two_a_byte(codes + moved).reshape(codes.shape[0], -1), zero + moved
     layer.register_buffer("onnx_codes", codes, persistent=False)
     layer.register_buffer("onnx_scale", scale.contiguous(), persistent=False)
     layer.register_buffer("onnx_zero_point", zero, persistent=False)

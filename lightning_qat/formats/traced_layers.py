@@ -113,10 +113,25 @@ class TracedLinear(Traced):
 
 
 class TracedEmbedding(Traced):
-    """Rows of a dequantized table."""
+    """Rows of a table of codes, dequantized once they are picked: a DequantizeLinear would read the whole table."""
+
+    #: Whether each byte of the table holds two codes, which ONNX can pick rows of; of integers of 4 bits it cannot.
+    onnx_two_a_byte: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.weight)
+        codes, scale, zero_point = F.embedding(input, self.onnx_codes), self.onnx_scale, self.onnx_zero_point
+        if self.onnx_two_a_byte:
+            mask, step = torch.tensor(15, dtype=torch.uint8), torch.tensor(4, dtype=torch.uint8)
+            low = symbolic("BitwiseAnd", (codes, mask), dtype=torch.uint8, shape=codes.shape)
+            high = symbolic("BitShift", (codes, step), {"direction": "RIGHT"}, dtype=torch.uint8, shape=codes.shape)
+            codes = torch.stack([low, high], -1).flatten(-2)
+        values = codes.to(torch.float32)
+        if scale.dim() == 0:
+            return (values - zero_point.to(torch.float32)) * scale
+        # One for each row, or for each group in it.
+        scale, zero_point = (F.embedding(input, held.reshape(len(held), -1)) for held in (scale, zero_point))
+        values = values.unflatten(-1, (scale.shape[-1], -1)) - zero_point.to(torch.float32).unsqueeze(-1)
+        return (values * scale.unsqueeze(-1)).flatten(-2)
 
 
 def dynamic_codes(x: Tensor, fmt: TensorFormat, spatial_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,6 +78,43 @@ def test_other_layers_and_odd_numbers_of_codes(tmp_path: Path) -> None:
         assert float((found - reference(model, x)).abs().max()) < 1e-6
 
 
+class Tables(nn.Module):
+    """Embeddings of the same words, one beside the other."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(50, size) for size in sizes)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return torch.cat([table(words) for table in self.tables], -1)
+
+
+def test_rows_of_tables_are_picked_before_they_are_dequantized(tmp_path: Path) -> None:
+    configs = [
+        C("int4", group_size=8),
+        C("int4", per_channel=True, symmetric=False),
+        C("int4", per_channel=True),  # of 5 columns
+        C("int8", symmetric=False),
+    ]
+    torch.manual_seed(0)
+    rules = [lq.LayerRule(f"tables.{i}", config) for i, config in enumerate(configs)]
+    model = Tables(16, 6, 5, 7)
+    for table in model.tables:
+        table.weight.data.add_(0.3)  # zero points are off centre
+    words = torch.randint(0, 50, (2, 3))
+    model = converted(model, lq.QuantizationPlan(rules))
+    path = lq.export(model, tmp_path / "model.onnx", "onnx", example=words)
+    words = torch.randint(0, 50, (4, 11))
+    for optimized in (False, True):
+        found, nodes = run(path, words, optimized=optimized)
+        assert torch.equal(found, reference(model, words))
+        assert not nodes["DequantizeLinear"]
+    held = held_by(path)
+    for i, table in enumerate(model.tables):
+        stored = held[f"tables.{i}.onnx_codes"]
+        assert len(stored.raw_data) == table.codes.numel() // (2 if i < 2 else 1)
+
+
 def test_what_the_exporter_made_one_is_packed_where_it_may_be(tmp_path: Path) -> None:
     """Zero points that are all 0 are one initializer, read in 8 bits by the layer with quantized inputs."""
     torch.manual_seed(0)
