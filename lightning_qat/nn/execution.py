@@ -4,8 +4,9 @@ A kernel is taken only where its grid is the trained one. Some things are known 
 (:func:`reference_reason`, what ``QuantizedLayer.execution`` shows); others only of a call, which then takes the
 reference path: under ``torch.compile`` (but for :func:`lightning_qat.nn.triton_linear.takes_ops`), ``torch.export``,
 ``torch.jit.trace`` and autocast, where a gradient, forward or backward, is wanted, for empty inputs, and for inputs of
-another dtype, device or tensor class; a weight-only Linear also for NaN and infinities, and where the number of tokens
-makes a float product faster.
+another dtype, device or tensor class; a weight-only Linear also where the number of tokens makes a float product
+faster, and, where it would compute with integers, for NaN and infinities. What the C++ kernels of
+:mod:`lightning_qat.native` do for few tokens, ``"native ..."``, oneDNN's do for more.
 """
 
 from __future__ import annotations

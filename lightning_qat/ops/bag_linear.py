@@ -5,6 +5,8 @@ a group of columns as a bag and the input as the weights of the rows, this is th
 read at half a byte a weight and summed in float32. The scales of the groups are multiplied afterwards, in float32: the
 table's own scale is 1, its offset -8, both exact in the float16 that the kernel has for them.
 
+It is taken where :mod:`lightning_qat.ops.float_linear` has no kernel: without a compiler, or wide vectors.
+
 The kernel runs on the thread that calls it, so the rows of a weight are dealt to as many threads as PyTorch has.
 4096 x 4096 in groups of 128, one token, two cores: 1.3 ms where PyTorch's float32 product takes 2.0, its 64 MB in the
 cache (``lightning-qat benchmark 'groups=[inference]'``); called again and again 0.8, digits of eight bits

@@ -3,6 +3,8 @@
 The scales of the kernel are bfloat16 and the trained ones float32, so each is given in two parts, ``high + low``, and
 the weight, half a byte each, is read twice. Sums are float32. What is left is one more rounding of the result to
 bfloat16: nearer to the exact product than a weight that is dequantized to bfloat16 first.
+
+It is taken where :mod:`lightning_qat.ops.float_linear` has no kernel: without a compiler, or wide vectors.
 """
 
 from __future__ import annotations
