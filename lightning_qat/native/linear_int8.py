@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import byref, c_float, c_int32
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ _FAMILY = Family(
         "linear_quantize_tokens": "pqqfffppi",
         "linear_multiply": "pqqpqppqppippi",
         "linear_of_range": "pqqfffipqppqpppi",
+        "linear_int8_vectors": "p",
     },
 )
 
@@ -25,6 +27,14 @@ _FAMILY = Family(
 def has_linear_int8() -> bool:
     """Return whether these kernels can be used, on this thread and now."""
     return _FAMILY.functions() is not None
+
+
+@lru_cache(maxsize=1)
+def linear_int8_is_fast() -> bool:
+    """Return whether this processor has instructions for the products; :func:`has_linear_int8` holds."""
+    found = c_int32(0)
+    _FAMILY.functions().linear_int8_vectors(byref(found))
+    return bool(found.value)
 
 
 def quantize_unsigned_native(x: Tensor, out: Tensor, scale: float, zero_point: int, low: int, high: int) -> bool:

@@ -25,7 +25,7 @@ from lightning_qat.ops.digit_linear import DigitWeight, digit_linear, digits_are
 from lightning_qat.ops.int4_linear import INT4_TOKENS, int4_fits, int4_is_exact, int4_linear, pack_int4
 from lightning_qat.ops.integer_conv import CodeGrid
 from lightning_qat.ops.integer_linear import (
-    FEW_ROWS,
+    few_rows,
     integer_linear,
     integer_linear_per_tensor,
     integer_linear_per_token,
@@ -143,7 +143,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return None
         tokens = x.numel() // x.shape[-1]
         if self.input_format is not None:
-            return kernel if tokens <= FEW_ROWS or linear_is_exact() else None
+            return kernel if linear_is_exact() or tokens <= few_rows(self.weight_shape.numel()) else None
         if type(kernel) is not FewTokens:
             return kernel if self._takes_more(x, tokens) else None
         if tokens <= kernel.most:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_qat.native.library import without_native
 from lightning_qat.native.linear_int8 import (
     has_linear_int8,
+    linear_int8_is_fast,
     linear_of_range,
     multiply_codes_native,
     quantize_by_range,
@@ -40,6 +41,8 @@ MAX_TERMS = (2**31 - 1) // (255 * 128)
 FEW_ROWS = 8
 #: The same for weights of up to so many elements: 2048 x 2048, twelve rows 0.65 and 0.75, sixteen 0.8 and 0.9.
 _FEW_ROWS_OF_SMALL, _SMALL = 16, 4 * 2**20
+#: The same on processors without instructions for it.
+_FEW_ROWS_IN_LOOPS = 2
 
 #: Inputs of more than two blocks go through float scratch memory of one: 64 x 128 x 32 x 32 takes 3 ms on two
 #: cores, where a fresh float tensor of that size makes it 13.
@@ -134,10 +137,10 @@ class LinearWeight:
     def __init__(self, codes: Tensor, scale: Tensor, *, few: bool) -> None:
         self.scale = scale
         self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        self.codes: Any = codes if few else None
         #: Rows of an input that are few.
-        self.few = 0 if not few else FEW_ROWS if codes.numel() > _SMALL else _FEW_ROWS_OF_SMALL
-        if not few:
+        self.few = few_rows(codes.numel()) if few else 0
+        self.codes: Any = codes if self.few else None
+        if not self.few:
             self.packed = _prepack(codes)
 
     @cached_property
@@ -170,7 +173,16 @@ def pack_linear(codes: Tensor, scale: Tensor, *, few: bool = True) -> LinearWeig
         few: whether inputs of few rows are to be expected.
     """
     flat = scale.detach().reshape(-1).to(torch.float32, copy=True)
-    return LinearWeight(codes.contiguous(), flat, few=few and has_linear_int8())
+    return LinearWeight(codes.contiguous(), flat, few=few)
+
+
+def few_rows(weights: int) -> int:
+    """Return up to how many rows so many weights are multiplied by as they are stored; 0 where there is no compiler."""
+    if not has_linear_int8():
+        return 0
+    if not linear_int8_is_fast():
+        return _FEW_ROWS_IN_LOOPS
+    return FEW_ROWS if weights > _SMALL else _FEW_ROWS_OF_SMALL
 
 
 def integer_linear(
