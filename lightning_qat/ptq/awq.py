@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_qat.ptq.chosen import error_of
 from lightning_qat.ptq.column_grid import part_columns
 from lightning_qat.ptq.expected_error import conditional_variances, first_of_each, least_expected_error
 from lightning_qat.schemes import TensorFormat, get_scheme
@@ -169,8 +170,10 @@ def scaled_loss(weight: Tensor, scale: Tensor, gram: Tensor, fmt: TensorFormat) 
     total = 0.0
     for part in pieces:
         error = scaled_values(part, scale, fmt).sub_(part)
-        weighted = error * gram if gram.dim() == 1 else torch.mm(error, gram)
-        total += float(weighted.mul_(error).sum(dtype=torch.float64))
+        if gram.dim() == 1:
+            total += float((error * gram).mul_(error).sum(1).sum(dtype=torch.float64))
+        else:
+            total += error_of(error, gram)
     return total
 
 

@@ -58,15 +58,25 @@ def output_error(weight: Tensor, values: Tensor, gram: Tensor) -> float:
         gram: ``G``, ``[in_features, in_features]``, the sum of ``x x^T`` over inputs ``x``: symmetric, so that a half
             of it will do.
     """
-    gram, size = gram.float(), len(gram)
-    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    gram, total = gram.float(), 0.0
     for row in range(0, len(weight), _ERROR_ROWS):
         rows = slice(row, row + _ERROR_ROWS)
-        difference = weight[rows].float() - values[rows].float()
-        for start in range(0, size, _ERROR_COLUMNS):
-            here = slice(start, start + _ERROR_COLUMNS)
-            product = difference[:, here] @ gram[here, here]
-            if start:  # what lies beside the diagonal is there twice
-                product.addmm_(difference[:, :start], gram[:start, here], alpha=2)
-            total += product.mul_(difference[:, here]).sum(1).sum(dtype=torch.float64)
+        total += error_of(weight[rows].float() - values[rows].float(), gram)
+    return total
+
+
+def error_of(difference: Tensor, gram: Tensor) -> float:
+    """Return ``tr(D G D^T)``, for ``D`` of few rows; see :func:`output_error`.
+
+    Args:
+        difference: ``D``, float32 ``[rows, in_features]``.
+        gram: ``G``, float32 ``[in_features, in_features]``.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=difference.device)
+    for start in range(0, len(gram), _ERROR_COLUMNS):
+        here = slice(start, start + _ERROR_COLUMNS)
+        product = difference[:, here] @ gram[here, here]
+        if start:  # what lies beside the diagonal is there twice
+            product.addmm_(difference[:, :start], gram[:start, here], alpha=2)
+        total += product.mul_(difference[:, here]).sum(1).sum(dtype=torch.float64)
     return float(total)
