@@ -339,7 +339,8 @@ extern "C" void linear_float4(const float* x, int64_t tokens, int64_t columns, c
                               const float* table, int64_t flip, const float* scale, const float* zero, int64_t groups,
                               int64_t size, const float* bias, float* scratch, float* out, int32_t threads) {
   const int64_t padded = (columns + kBlock - 1) / kBlock * kBlock;
-#pragma omp parallel for num_threads(tokens < threads ? static_cast<int32_t>(tokens) : threads) schedule(static)
+  // All threads or one: the OpenMP library ends those that a smaller team leaves over, and starts them again.
+#pragma omp parallel for num_threads(tokens > 1 ? threads : 1) schedule(static)
   for (int64_t token = 0; token < tokens; ++token)
     arrange(x + token * columns, columns, padded, flip, scratch + token * padded);
   auto* lanes = reinterpret_cast<Lanes*>(scratch + tokens * padded);

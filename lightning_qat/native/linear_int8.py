@@ -82,7 +82,7 @@ def quantize_by_range(
         zero = _MIDDLE
         functions.linear_quantize_tokens(
             x.data_ptr(), tokens, columns, quant_min, quant_max, divisor, scale.data_ptr(), codes.data_ptr(),
-            min(tokens, threads_for(x.numel())),
+            threads_for(x.numel()),
         )  # fmt: skip
     else:
         zero = torch.empty(1, dtype=torch.int32)
