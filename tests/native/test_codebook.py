@@ -32,6 +32,10 @@ def everything(x: Tensor, name: str, block: int, rule: str, factor: float | None
     found.append(ops.codebook_dequantize_op(stored, scale, len(x), name, block, x.dtype))
     found.append(ops.codebook_fake_quantize_op(x, scale, None, name, block, rule))
     found.append(ops.codebook_fake_quantize_op(x, scale, scale * 0.99, name, block, rule))
+    # Scales of before, which know nothing of a NaN.
+    finite = scale.nan_to_num(nan=1.0, posinf=2.0)
+    found.append(ops.codebook_fake_quantize_op(x, finite, None, name, block, rule))
+    found.append(ops.codebook_quantize_op(x, finite, name, block, rule)[0])
     grad = randn(len(x), seed=1).to(x.dtype)
     found.append(ops.codebook_fake_quantize_backward_op(grad, x, scale, block))
     generator = torch.Generator().manual_seed(5)
@@ -77,6 +81,17 @@ def test_another_processor_gets_the_same_bits(
 ) -> None:
     with another_processor(native._FAMILY, tmp_path_factory.getbasetemp()):
         assert_same(x, *fmt)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_of_the_table_is_never_rounded_away_from(name: str) -> None:
+    """Nor is what lies beyond its ends, however small the noise."""
+    table = codebook(name, "cpu")
+    x = torch.cat((table, torch.tensor([-2.0, 2.0])))
+    codes = torch.empty(len(x), dtype=torch.uint8)
+    rule, ordered = codebook_cpu._rule(name, "cpu"), codebook_cpu._ordered(name, "cpu")
+    assert native.draw(x, torch.ones(1), torch.zeros(len(x)), ordered, codes, len(x), rule)
+    assert torch.equal(table[codes.long()], x.clamp(float(table.min()), 1.0))
 
 
 def test_strides_gradients_and_inference_mode() -> None:
