@@ -111,6 +111,29 @@ def test_gradients(case, needs) -> None:
         torch.testing.assert_close(found[0][1:], expected[1:], rtol=1e-5, atol=1e-7 * most)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero", [None, 8])
+def test_halves_and_the_ends_of_the_range(dtype, zero) -> None:
+    """Halves go to the even code; what lies on the edge itself has no code of its own."""
+    scale = torch.tensor(0.25)
+    low, high = (-8, 7) if zero is None else (0, 15)
+    point = None if zero is None else torch.tensor(zero, dtype=torch.int32)
+    shift = zero or 0
+    edges = torch.tensor([low - shift - 0.5009765625, high - shift + 0.5009765625])
+    x = (torch.cat((torch.arange(-20, 20) + 0.5, edges)) * scale).to(dtype)
+    codes = (x.double() / 0.25).round() + shift  # exact, and rounds half to even in float64 too
+    expected = ((codes.clamp(low, high) - shift) * 0.25).to(dtype)
+    assert torch.equal(fake_quantize_op(x, scale, point, low, high, -1, 0), expected)
+    blocked = (x.float() <= edges[0] * scale) | (x.float() >= edges[1] * scale)
+    assert bool(blocked[-1]) == bool(blocked[-2]) == (dtype == torch.float32)  # the others round it inwards
+    gradient = fake_quantize_backward_op(torch.ones_like(x), x, scale, point, low, high, -1, 0, [True, False, False])[0]
+    assert torch.equal(gradient == 0, blocked)
+    out = torch.empty_like(x)
+    seen = native.quantize_input(x, out, scale, point, low, high)
+    assert torch.equal(out, expected)
+    assert seen.outside.tolist() == blocked.nonzero().flatten().tolist()
+
+
 @pytest.mark.parametrize("needs", [[True, True, True], [False, True, True]])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_sums_are_those_of_exact_terms(rows, needs) -> None:
