@@ -126,7 +126,7 @@ def learned_sums(
         return None
     outer, channels, inner = layout
     pieces = outer * channels if outer * channels > 1 else -(-inner // _PIECE)
-    sums = torch.empty(pieces, 2, dtype=torch.float64)
+    sums = torch.empty(pieces, 2, dtype=torch.float64, device="cpu")
     addresses = grad.data_ptr(), x.data_ptr(), *(0 if t is None else t.data_ptr() for t in (out, values))
     function(*addresses, *layout, *grid, quant_min, quant_max, sums.data_ptr(), threads_for(x.numel()))
     if pieces == channels:
@@ -196,7 +196,7 @@ def quantize_input(
     threads = threads_for(count)
     capacity = min(count, max(_LEAST_LISTED, count // _LISTED))
     bounds, counts = (ctypes.c_float * (2 * threads))(), (ctypes.c_int64 * threads)()
-    positions = torch.empty(threads * capacity, dtype=torch.int64)
+    positions = torch.empty(threads * capacity, dtype=torch.int64, device="cpu")
     places = ctypes.addressof(bounds), positions.data_ptr(), capacity, ctypes.addressof(counts)
     function(x.data_ptr(), out.data_ptr(), count, *grid, quant_min, quant_max, *places, threads)
     return Seen(bounds[0], bounds[1], None if counts[0] < 0 else positions[: counts[0]].clone())
@@ -219,7 +219,7 @@ def quantize_by_absmax(rows: Tensor, out: Tensor, divisor: float, quant_min: int
     if function is None:
         return None
     count, columns = rows.shape
-    scale = torch.empty(count, dtype=torch.float32)
+    scale = torch.empty(count, dtype=torch.float32, device="cpu")
     addresses = rows.data_ptr(), out.data_ptr(), count, columns, scale.data_ptr()
     function(*addresses, divisor, quant_min, quant_max, threads_for(rows.numel()))
     return scale
@@ -235,6 +235,6 @@ def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     if function is None:
         return None
     count, columns = rows.shape
-    low, high = torch.empty(2, count, dtype=torch.float32).unbind()
+    low, high = torch.empty(2, count, dtype=torch.float32, device="cpu").unbind()
     function(rows.data_ptr(), count, columns, low.data_ptr(), high.data_ptr(), threads_for(rows.numel()))
     return low, high

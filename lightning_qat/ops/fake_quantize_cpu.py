@@ -197,7 +197,7 @@ def _gradients_in_place(
         torch.ops.aten.hardtanh_backward.grad_input(grad, x, low.item(), high.item(), grad_input=result)
         return match_layout(result, x), grad_scale, grad_zero
     out, (values, grads) = view_channels(result, (x, grad), axis, group)
-    sums = torch.zeros(2, len(step), dtype=torch.float64)
+    sums = torch.zeros(2, len(step), dtype=torch.float64, device="cpu")
     limit = block_limit(in_place=x.dtype == torch.float32 and not (needs[1] or needs[2]))
     scratch = [empty_scratch(out, limit) for _ in range(3)]
     for block in channel_blocks(out.shape, limit):
@@ -288,7 +288,7 @@ def _ratios_to_values(ratios: Tensor, step: Tensor, zero: Tensor | None, quant_m
         # Sums of integers are exact, so moved bounds give what adding and subtracting the zero point give in
         # two more passes; adding 0.0 to the product makes a -0.0 the 0.0 that it is there.
         ratios.clamp_(quant_min - zero.item(), quant_max - zero.item())
-        torch.add(torch.zeros(()), ratios, alpha=step.item(), out=ratios)
+        torch.add(torch.zeros((), device="cpu"), ratios, alpha=step.item(), out=ratios)
     else:
         _clamp_codes(ratios, zero, quant_min, quant_max)
         ratios.mul_(step)

@@ -158,9 +158,7 @@ def observe_fake_quantize_through(
         quant_max: largest code.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        observed: tuple[Tensor, Bound, Bound] = apply_plainly(
-            _Observed, x, scale, zero_point, (quant_min, quant_max)
-        )
+        observed: tuple[Tensor, Bound, Bound] = apply_plainly(_Observed, x, scale, zero_point, (quant_min, quant_max))
         return observed
     kernel = _KERNELS.get(x.device.type, observe_fake_quantize_op)
     return kernel(x, scale, zero_point, quant_min, quant_max)

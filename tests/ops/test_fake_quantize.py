@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_qat.native.library import without_native
 from lightning_qat.ops import layout
 from lightning_qat.ops.fake_quantize import (
     EDGE,
@@ -25,9 +28,8 @@ from lightning_qat.ops.fake_quantize import (
     reference_fake_quantize_backward,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from contextlib import AbstractContextManager
+#: What turns the compiled kernels off, or nothing.
+Around = Callable[[], AbstractContextManager[None]]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GRANULARITIES = ("tensor", "channel", "group", "token")
@@ -260,24 +262,28 @@ def test_quant_range(bits: int, symmetric: bool, expected: tuple[int, int]) -> N
 # --- the CPU kernels against the definition -------------------------------------------------------
 
 
+@pytest.mark.parametrize("around", [nullcontext, without_native], ids=["native", "pytorch"])
 @given(cases())
 @settings(max_examples=400, deadline=None)
-def test_cpu_forward_equals_the_definition_bit_for_bit(case: Case) -> None:
+def test_cpu_forward_equals_the_definition_bit_for_bit(around: Around, case: Case) -> None:
     before = case.x.clone()
-    with blocks_of(case.block):
+    with around(), blocks_of(case.block):
         actual = fake_quantize_op(*case.op_arguments)
     assert_same_bits(actual, reference_fake_quantize(*case.op_arguments))
     assert actual.stride() == torch.empty_like(case.x).stride()
     assert_same_bits(case.x, before)
 
 
+@pytest.mark.parametrize("around", [nullcontext, without_native], ids=["native", "pytorch"])
 @given(cases(), st.sampled_from(LAYOUTS), st.booleans(), st.booleans())
 @settings(max_examples=400, deadline=None)
-def test_cpu_backward_equals_the_definition(case: Case, grad_layout: str, needs_scale: bool, needs_zero: bool) -> None:
+def test_cpu_backward_equals_the_definition(
+    around: Around, case: Case, grad_layout: str, needs_scale: bool, needs_zero: bool
+) -> None:
     grad = relayout(case.randn(), grad_layout)
     learned_zero = case.zero_point is not None and case.zero_point.is_floating_point()
     arguments = (grad, *case.op_arguments, [True, needs_scale, needs_zero and learned_zero])
-    with blocks_of(case.block):
+    with around(), blocks_of(case.block):
         actual = fake_quantize_backward_op(*arguments)
     expected = reference_fake_quantize_backward(*arguments)
     assert_same_bits(actual[0], expected[0], where=~case.x.isnan())

@@ -1,11 +1,14 @@
 """The gradients of learned scales on a CPU: sums of products in pieces, against the definition in float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_qat as lq
+from lightning_qat.native.library import without_native
 from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.fake_quantize import reference_fake_quantize_backward
 from lightning_qat.ops.fake_quantize_cpu import fake_quantize_cpu
@@ -24,13 +27,15 @@ def problem(shape, zero_point, scales=1):
 @pytest.mark.parametrize("zero_point", [None, 100])
 @pytest.mark.parametrize("needs_x", [True, False])
 @pytest.mark.parametrize("given", [True, False])
-def test_one_scale(shape, zero_point, needs_x, given):
+@pytest.mark.parametrize("around", [nullcontext, without_native], ids=["native", "pytorch"])
+def test_one_scale(shape, zero_point, needs_x, given, around):
     grad, x, scale, zero = problem(shape, zero_point)
     grid = (-127, 127, -1, 0) if zero is None else (0, 255, -1, 0)
     if len(shape) == 4 and shape[0] == 2:
         grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     values = fake_quantize_cpu(x, scale, zero, *grid) if given else None
-    found = learned_gradients(grad, x, scale, zero, grid, needs_x, values)
+    with around():
+        found = learned_gradients(grad, x, scale, zero, grid, needs_x, values)
     assert _by_products(grad, x, scale, zero, grid, values, needs_x) is not None  # it was no kernel
     wide = None if zero is None else zero.double()
     needs = [True, True, zero is not None]
@@ -47,10 +52,12 @@ def test_one_scale(shape, zero_point, needs_x, given):
 
 
 @pytest.mark.parametrize("rows", [3, 700])
-def test_rows_of_their_own(rows):
+@pytest.mark.parametrize("around", [nullcontext, without_native], ids=["native", "pytorch"])
+def test_rows_of_their_own(rows, around):
     grad, x, scale, _ = problem((rows, 300), None, scales=rows)
     grid = (-127, 127, 0, 0)
-    found = learned_gradients(grad, x, scale, None, grid, True)
+    with around():
+        found = learned_gradients(grad, x, scale, None, grid, True)
     expected = reference_fake_quantize_backward(grad, x, scale, None, *grid, [True, True, False])
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-2)
