@@ -77,7 +77,7 @@ def quantize_by_range(
     if functions is None:
         return None
     tokens, columns = x.shape
-    codes, scale = torch.empty_like(x, dtype=torch.uint8), torch.empty(tokens if per_token else 1, dtype=x.dtype)
+    codes, scale = torch.empty_like(x, dtype=torch.uint8), x.new_empty(tokens if per_token else 1)
     if per_token:
         zero = _MIDDLE
         functions.linear_quantize_tokens(
@@ -85,7 +85,7 @@ def quantize_by_range(
             threads_for(x.numel()),
         )  # fmt: skip
     else:
-        zero = torch.empty(1, dtype=torch.int32)
+        zero = x.new_empty(1, dtype=torch.int32)
         functions.linear_quantize_tensor(
             x.data_ptr(), x.numel(), quant_min, quant_max, divisor, scale.data_ptr(), zero.data_ptr(),
             codes.data_ptr(), threads_for(x.numel()),
@@ -155,7 +155,8 @@ def linear_of_range(
     if functions is None:
         return None
     (tokens, columns), rows = x.shape, weight.shape[0]
-    scratch, out = torch.empty(tokens * (columns + 4), dtype=torch.uint8), torch.empty((tokens, rows), dtype=x.dtype)
+    # Not torch.empty, whose memory is on the default device.
+    scratch, out = x.new_empty(tokens * (columns + 4), dtype=torch.uint8), x.new_empty((tokens, rows))
     functions.linear_of_range(
         x.data_ptr(), tokens, columns, quant_min, quant_max, divisor, per_token, weight.data_ptr(), rows,
         sums.data_ptr(), weight_scale.data_ptr(), weight_scale.numel(), None if bias is None else bias.data_ptr(),

@@ -146,3 +146,13 @@ def test_plain_loops_give_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(native._FAMILY, "_functions", plain)
     for got, want in zip(outputs(), wanted, strict=True):
         assert torch.equal(got, want)
+
+
+def test_memory_is_on_the_cpu_whatever_the_default_device_is():
+    x, (codes, scale) = randn(3, 40), random_weight(5, 40, 0, True)
+    wanted = integer_linear_per_token(x, 8, pack_linear(codes, scale), None)
+    with torch.device("meta"):
+        weight = pack_linear(codes, scale)
+        assert torch.equal(integer_linear_per_token(x, 8, weight, None), wanted)
+        assert integer_linear_per_tensor(x, 8, False, weight, None).device.type == "cpu"
+        assert integer_linear_per_token(x.repeat(9, 1), 8, weight, None).is_cpu
