@@ -132,8 +132,10 @@ struct Extremes {
   bool has_nan;
 };
 
-template <bool kQuantizes, bool kZero, typename T>
-Extremes observe_run(const T* __restrict x, T* __restrict y, int64_t count, const Grid grid) {
+// Quantizes where `y` is asked for, and writes codes, counted from the first, where they are.
+template <bool kQuantizes, bool kZero, bool kCodes = false, typename T>
+Extremes observe_run(const T* __restrict x, T* __restrict y, int64_t count, const Grid grid,
+                     uint8_t* __restrict codes = nullptr) {
   float low[kLanes], high[kLanes];
   int32_t bad[kLanes] = {};
   for (int j = 0; j < kLanes; ++j) {
@@ -145,7 +147,11 @@ Extremes observe_run(const T* __restrict x, T* __restrict y, int64_t count, cons
     low[j] = value < low[j] ? value : low[j];
     high[j] = value > high[j] ? value : high[j];
     bad[j] |= value != value;
-    if (kQuantizes) store(y[i], code_of<kZero>(value, grid) * grid.scale);
+    if (kQuantizes) {
+      const float code = code_of<kZero>(value, grid);
+      store(y[i], code * grid.scale);
+      if (kCodes) codes[i] = static_cast<uint8_t>(static_cast<int32_t>(code + (grid.zero - grid.first)));
+    }
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -193,13 +199,15 @@ constexpr int64_t kBlock = 4096;
 
 // Quantizes what lies between two positions and lists those outside, up to `capacity`; -1 where there are more.
 template <bool kZero, typename T>
-int64_t quantize_input_part(const T* x, T* y, int64_t begin, int64_t end, const Grid& grid, int64_t* positions,
-                            int64_t capacity, float& low, float& high) {
+int64_t quantize_input_part(const T* x, T* y, uint8_t* codes, int64_t begin, int64_t end, const Grid& grid,
+                            int64_t* positions, int64_t capacity, float& low, float& high) {
   Extremes all{INFINITY, -INFINITY, false};
   int64_t listed = 0;
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t stop = start + kBlock < end ? start + kBlock : end;
-    const Extremes found = observe_run<true, kZero>(x + start, y + start, stop - start, grid);
+    const Extremes found =
+        codes ? observe_run<true, kZero, true>(x + start, y + start, stop - start, grid, codes + start)
+              : observe_run<true, kZero>(x + start, y + start, stop - start, grid);
     all.low = found.low < all.low ? found.low : all.low;
     all.high = found.high > all.high ? found.high : all.high;
     all.has_nan |= found.has_nan;
@@ -217,13 +225,13 @@ int64_t quantize_input_part(const T* x, T* y, int64_t begin, int64_t end, const 
 // Of an input with one scale. `bounds` and `counts` have a pair and a number for each thread, `positions` `capacity` of
 // each; the first pair, the first number and the first positions are those of all in the end.
 template <bool kZero, typename T>
-void quantize_input(const T* x, T* y, int64_t count, const Grid& grid, float* bounds, int64_t* positions,
-                    int64_t capacity, int64_t* counts, int32_t threads) {
+void quantize_input(const T* x, T* y, uint8_t* codes, int64_t count, const Grid& grid, float* bounds,
+                    int64_t* positions, int64_t capacity, int64_t* counts, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int32_t part = 0; part < threads; ++part) {
-    counts[part] = quantize_input_part<kZero>(x, y, share(count, part, threads), share(count, part + 1, threads), grid,
-                                              positions + part * capacity, capacity, bounds[2 * part],
-                                              bounds[2 * part + 1]);
+    counts[part] = quantize_input_part<kZero>(x, y, codes, share(count, part, threads),
+                                              share(count, part + 1, threads), grid, positions + part * capacity,
+                                              capacity, bounds[2 * part], bounds[2 * part + 1]);
   }
   merge(bounds, threads);
   for (int32_t part = 1; part < threads; ++part) {
@@ -233,6 +241,18 @@ void quantize_input(const T* x, T* y, int64_t count, const Grid& grid, float* bo
     }
     std::memmove(positions + counts[0], positions + part * capacity, counts[part] * sizeof(int64_t));
     counts[0] += counts[part];
+  }
+}
+
+template <typename T>
+void values_of_codes(const uint8_t* codes, T* y, int64_t count, const Grid& grid, int32_t threads) {
+  const float first = grid.first - grid.zero, scale = grid.scale;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int32_t part = 0; part < threads; ++part) {
+    const int64_t end = share(count, part + 1, threads);
+    for (int64_t i = share(count, part, threads); i < end; ++i) {
+      store(y[i], (static_cast<float>(codes[i]) + first) * scale);
+    }
   }
 }
 
@@ -287,12 +307,16 @@ void row_extremes(const T* x, int64_t rows, int64_t columns, float* low, float* 
     const Grid grid = Parameters{scale, zero, kind, first, last}.at(0);                                              \
     (kind ? observe<true, true, T> : observe<true, false, T>)(x, y, count, grid, bounds, threads);                   \
   }                                                                                                                  \
-  extern "C" void quantize_input_##NAME(const T* x, T* y, int64_t count, const float* scale, const void* zero,       \
-                                        int32_t kind, float first, float last, float* bounds, int64_t* positions,    \
-                                        int64_t capacity, int64_t* counts, int32_t threads) {                        \
+  extern "C" void quantize_input_##NAME(const T* x, T* y, uint8_t* codes, int64_t count, const float* scale,         \
+                                        const void* zero, int32_t kind, float first, float last, float* bounds,      \
+                                        int64_t* positions, int64_t capacity, int64_t* counts, int32_t threads) {    \
     const Grid grid = Parameters{scale, zero, kind, first, last}.at(0);                                              \
-    (kind ? quantize_input<true, T> : quantize_input<false, T>)(x, y, count, grid, bounds, positions, capacity,      \
-                                                                counts, threads);                                    \
+    (kind ? quantize_input<true, T> : quantize_input<false, T>)(x, y, codes, count, grid, bounds, positions,         \
+                                                                capacity, counts, threads);                          \
+  }                                                                                                                  \
+  extern "C" void values_of_codes_##NAME(const uint8_t* codes, T* y, int64_t count, const float* scale,              \
+                                         const void* zero, int32_t kind, float first, float last, int32_t threads) { \
+    values_of_codes<T>(codes, y, count, Parameters{scale, zero, kind, first, last}.at(0), threads);                  \
   }                                                                                                                  \
   extern "C" void quantize_by_absmax_##NAME(const T* x, T* y, int64_t rows, int64_t columns, float* scale,           \
                                             float divisor, float first, float last, int32_t threads) {               \

@@ -26,7 +26,8 @@ _FAMILY = Family(
             "input_gradient": f"pppqqq{_GRID}i",
             "learn": f"ppppqqq{_GRID}pi",
             "observe": f"ppq{_GRID}pi",
-            "quantize_input": f"ppq{_GRID}ppqpi",
+            "quantize_input": f"pppq{_GRID}ppqpi",
+            "values_of_codes": f"ppq{_GRID}i",
             "quantize_by_absmax": "ppqqpfffi",
             "row_extremes": "pqqppi",
         }.items()
@@ -177,7 +178,13 @@ class Seen(NamedTuple):
 
 
 def quantize_input(
-    x: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    codes: Tensor | None = None,
 ) -> Seen | None:
     """Write ``x`` fake-quantized with one scale into ``out``; return what was seen, None where there is no kernel.
 
@@ -188,6 +195,7 @@ def quantize_input(
         zero_point: likewise, or None.
         quant_min: smallest code.
         quant_max: largest code.
+        codes: uint8, lies as ``x``; gets the codes, counted from ``quant_min``. Those of NaN mean nothing.
     """
     function, grid = _find("quantize_input", x), _parameters(scale, zero_point)
     if function is None or grid is None:
@@ -198,8 +206,21 @@ def quantize_input(
     bounds, counts = (ctypes.c_float * (2 * threads))(), (ctypes.c_int64 * threads)()
     positions = torch.empty(threads * capacity, dtype=torch.int64, device="cpu")
     places = ctypes.addressof(bounds), positions.data_ptr(), capacity, ctypes.addressof(counts)
-    function(x.data_ptr(), out.data_ptr(), count, *grid, quant_min, quant_max, *places, threads)
+    targets = out.data_ptr(), 0 if codes is None else codes.data_ptr()
+    function(x.data_ptr(), *targets, count, *grid, quant_min, quant_max, *places, threads)
     return Seen(bounds[0], bounds[1], None if counts[0] < 0 else positions[: counts[0]].clone())
+
+
+def values_of_codes(
+    codes: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> bool:
+    """Write the values of what :func:`quantize_input` wrote as ``codes`` into ``out``; return whether it was done."""
+    function, grid = _find("values_of_codes", out), _parameters(scale, zero_point)
+    if function is None or grid is None:
+        return False
+    count = codes.numel()
+    function(codes.data_ptr(), out.data_ptr(), count, *grid, quant_min, quant_max, threads_for(count))
+    return True
 
 
 def quantize_by_absmax(rows: Tensor, out: Tensor, divisor: float, quant_min: int, quant_max: int) -> Tensor | None:

@@ -3,11 +3,13 @@
 What :meth:`QATLayer.compute` does, to the bit, with fewer passes over memory: the pass that quantizes the input lists
 the elements outside its range, mostly few or none, and the gradient is set to 0 there in place, where a mask would read
 the input again and write a third tensor; a weight's scales are found and used row by row. The fake-quantized tensors
-are made again for the backward pass, as in :mod:`lightning_qat.nn.recompute`.
+are made again for the backward pass, as in :mod:`lightning_qat.nn.recompute`; an input of up to 8 bits from its codes,
+a quarter of what float training keeps, unless the operation that made it keeps it anyway.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_qat.native import fake_quantize as native
 from lightning_qat.nn.recompute import has_memory_of_its_own
-from lightning_qat.ops.layout import empty_result
+from lightning_qat.ops.layout import empty_result, empty_values
 from lightning_qat.ops.straight_through import apply_plainly, differentiable_once, grid_for
 from lightning_qat.ops.workspace import SHORT_LIVED, passing_results
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
@@ -24,6 +26,15 @@ from lightning_qat.quantizers.learned_scale import LearnedScale, parameter_gradi
 from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.schemes.integer import IntegerScheme
+
+#: Operations that keep their result for their own backward pass: codes beside it would only add to it.
+_KEEP_THEIR_RESULT = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Relu", "Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Exp", "Sqrt", "Rsqrt",
+        "ScaledDotProductFlashAttentionForCpu",
+    )
+)  # fmt: skip
 
 
 def linear_in_one_step(
@@ -154,15 +165,33 @@ class _Input(_Quantized):
         self.set_grid(x, *parameters)
         self._observer = quantizer if quantizer.sees_next() else None
 
-    def first_values(self, x: Tensor) -> Tensor:
+    def first_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x`` fake-quantized, and what is to be kept for the backward pass: ``x`` or its codes."""
         if self.grid is None or self.learned is not None or self.grid[1].numel() > 1:
-            return self.values(x)
+            return self.values(x), x
         result = empty_result(x, 0)
-        seen: Any = native.quantize_input(x, result, *self.grid[1:])
+        codes = torch.empty(x.shape, dtype=torch.uint8, device="cpu") if self._may_keep_codes(x) else None
+        _, scale, zero_point, quant_min, quant_max = self.grid
+        seen: Any = native.quantize_input(x, result, scale, zero_point, quant_min, quant_max, codes)
         self._outside, self.covered = seen.outside, seen.outside is not None and not seen.outside.numel()
         if self._observer is not None:
             self._observer.saw(x, seen.low, seen.high)
             self._observer = None
+        # Where too much lies outside, the input itself has to say what; a NaN has no code.
+        return result, x if codes is None or seen.outside is None or math.isnan(seen.low) else codes
+
+    def _may_keep_codes(self, x: Tensor) -> bool:
+        if self.grid is None or self.grid[4] - self.grid[3] > 255:
+            return False
+        owner = x if x._base is None else x._base
+        # What has no history is data, which whoever gave it holds.
+        return owner.grad_fn is not None and owner.grad_fn.name() not in _KEEP_THEIR_RESULT
+
+    def values(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.uint8 or self.grid is None:
+            return super().values(x)
+        result = empty_values(x.shape)
+        native.values_of_codes(x, result, *self.grid[1:])
         return result
 
     def _inside(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -204,9 +233,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         ctx.quantized = of_x, of_weight = rest[-1]
-        ctx.save_for_backward(x, weight)
         with passing_results(SHORT_LIVED):
-            return F.linear(of_x.first_values(x), of_weight.first_values(weight), bias)
+            quantized, kept = of_x.first_values(x)
+            ctx.save_for_backward(kept, weight)
+            return F.linear(quantized, of_weight.first_values(weight), bias)
 
     @staticmethod
     @differentiable_once

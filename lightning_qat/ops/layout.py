@@ -270,6 +270,12 @@ def empty_result(x: Tensor, group: int) -> Tensor:
     return advise_huge_pages(torch.empty(x.shape, dtype=x.dtype, device=x.device) if group else torch.empty_like(x))
 
 
+def empty_values(shape: torch.Size) -> Tensor:
+    """Return uninitialized float32 CPU memory for a result, contiguous."""
+    taken = take(torch.empty(shape, dtype=torch.float32, device="meta"))
+    return advise_huge_pages(torch.empty(shape, dtype=torch.float32, device="cpu")) if taken is None else taken
+
+
 def empty_scratch(result: Tensor, limit: int) -> Tensor:
     """Return flat uninitialized float32 CPU memory for one block of ``result``."""
     return advise_huge_pages(torch.empty(min(result.numel(), limit), dtype=torch.float32))

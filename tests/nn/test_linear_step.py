@@ -143,6 +143,60 @@ def test_activation_checkpointing_gives_the_same(reentrant):
     assert differing(*found) == []
 
 
+def kept_for_backward(model: nn.Module, x: torch.Tensor) -> dict[tuple[int, ...], int]:
+    """Return shape -> bytes that a forward pass keeps, each tensor's memory once."""
+    found = {}
+
+    def pack(tensor):
+        found[tensor.untyped_storage().data_ptr()] = (tuple(tensor.shape), tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    assert output.requires_grad
+    kept = {}
+    for shape, size in found.values():
+        kept[shape] = kept.get(shape, 0) + size
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("before", "share"),
+    [(nn.LayerNorm(64), 0.25), (nn.GELU(), 1.25), (nn.ReLU(), 1.0), (nn.Sequential(nn.Tanh(), nn.Flatten()), 1.0)],
+    ids=["norm", "gelu", "relu", "view of tanh"],
+)
+def test_an_input_that_nobody_else_keeps_is_kept_as_codes(before, share):
+    """Of float training: the normalization's result, GELU's argument and result, ReLU's and Tanh's results."""
+    model = prepare(nn.Sequential(nn.Linear(4, 64), before, nn.Linear(64, 3)), "int8")
+    x = randn(50, 4)
+    calibrate(model, [x])
+    apply_phase(model, Phase())
+    kept = kept_for_backward(model.train(), x)[50, 64]
+    alone = 50 * 64 * 4
+    assert kept == alone * (share + (1.0 if isinstance(before, nn.LayerNorm) else 0.0))
+
+
+@pytest.mark.parametrize("far", [0, 40, 3000], ids=["inside", "listed", "too many"])
+def test_codes_give_the_gradients_of_kept_inputs(monkeypatch, far):
+    found = []
+    for keeps in (True, False):
+        torch.manual_seed(0)
+        model = prepare(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 3)), "int8")
+        calibrate(model, [randn(100, 64)])
+        apply_phase(model, Phase(observing=False, frozen=True))
+        if not keeps:
+            monkeypatch.setattr(linear_step._Input, "_may_keep_codes", lambda self, x: False)
+        with torch.no_grad():
+            model[0].bias[: far // 100 + 1].add_(9.0 if far else 0.0)
+            if far == 40:
+                model[0].bias.zero_()
+                model[0].weight.fill_(1.2)
+        x = randn(100, 64, seed=4).requires_grad_()
+        model.train()(x).square().sum().backward()
+        found.append({"x": x.grad, **{name: p.grad for name, p in model.named_parameters()}})
+    assert differing(*found) == []
+
+
 def test_nan_is_told_with_the_layer():
     model = prepare(nn.Sequential(nn.Linear(4, 3)), "int8")
     calibrate(model, [randn(2, 4)])
