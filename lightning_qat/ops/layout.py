@@ -278,7 +278,7 @@ def empty_values(shape: torch.Size) -> Tensor:
 
 def empty_scratch(result: Tensor, limit: int) -> Tensor:
     """Return flat uninitialized float32 CPU memory for one block of ``result``."""
-    return advise_huge_pages(torch.empty(min(result.numel(), limit), dtype=torch.float32))
+    return advise_huge_pages(torch.empty(min(result.numel(), limit), dtype=torch.float32, device="cpu"))
 
 
 def view_scratch(scratch: Tensor, block: Tensor) -> Tensor:

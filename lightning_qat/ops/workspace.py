@@ -34,7 +34,7 @@ class _Piece:
     """Memory that knows whether anybody else holds it: a tensor that shares it, or its storage."""
 
     def __init__(self, size: int) -> None:
-        self.memory = advise_huge_pages(torch.empty(size, dtype=torch.uint8))
+        self.memory = advise_huge_pages(torch.empty(size, dtype=torch.uint8, device="cpu"))
         self.storage = self.memory.untyped_storage()
         self._alone = self._holders()
 

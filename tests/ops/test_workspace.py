@@ -8,7 +8,7 @@ from tensors import randn
 from torch import nn
 
 import lightning_qat as lq
-from lightning_qat.ops import workspace
+from lightning_qat.ops import layout, workspace
 from lightning_qat.ops.workspace import passing_results, release_workspace, take
 
 SIZE = workspace._LEAST_BYTES // 4  # float32 elements
@@ -83,6 +83,14 @@ def test_only_the_largest_piece_stays():
         larger = take(torch.empty(3 * SIZE))
         assert larger.data_ptr() != first.data_ptr()
         assert len(workspace._WORKSPACE.pieces) == workspace._PIECES
+
+
+def test_memory_is_on_the_cpu_whatever_the_default_device_is():
+    """A kernel is given its address: that of a tensor on the meta device is 0."""
+    like = torch.empty(SIZE)
+    with torch.device("meta"), passing_results():
+        assert take(like).device.type == "cpu"
+        assert layout.empty_scratch(like, SIZE).device.type == "cpu"
 
 
 def test_threads_have_their_own():
