@@ -104,5 +104,8 @@ _PROCESS = os.getpid()
 
 
 def threads_for(elements: int) -> int:
-    """Return how many of PyTorch's threads go over so many elements; one in a forked process."""
-    return max(1, min(torch.get_num_threads(), elements // GRAIN)) if os.getpid() == _PROCESS else 1
+    """Return how many of PyTorch's threads go over so many elements: all or one; one in a forked process.
+
+    A team of fewer would end the other threads, and the next of all start them again.
+    """
+    return torch.get_num_threads() if elements >= 2 * GRAIN and os.getpid() == _PROCESS else 1
