@@ -14,6 +14,8 @@ import torch
 from rich import get_console
 from rich.progress import track
 
+from lightning_qat.native.library import why_not_native
+
 from ._provenance import package_version
 
 #: What is timed; its result is freed before the next one starts.
@@ -260,6 +262,7 @@ def machine(rounds: int, packages: Iterable[str], gauge: Gauge) -> dict[str, Any
         "processor": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "no_native_kernels": why_not_native(),
         "python": platform.python_version(),
         "versions": {name: package_version(name) for name in packages},
         "copy_gigabytes_per_second": gauge.copy_rate(medians),

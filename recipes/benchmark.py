@@ -123,6 +123,8 @@ def _show(facts: dict[str, Any], results: Results, path: Path) -> None:
             "that, by the time; copy, matrix: shares of what the machine itself copied and multiplied in turn with "
             "them. More than 100 % is possible: from caches, by reading only, and with integers."
         )
+    if facts["no_native_kernels"] is not None:
+        lines.append(f"CPU kernels in C++ are not used: {facts['no_native_kernels']}")
     missing = [name for name in _PACKAGES if facts["versions"][name] is None and _concerned(name, groups)]
     if missing:
         lines.append(f"not installed: {', '.join(missing)}")

@@ -109,3 +109,10 @@ def threads_for(elements: int) -> int:
     A team of fewer would end the other threads, and the next of all start them again.
     """
     return torch.get_num_threads() if elements >= 2 * GRAIN and os.getpid() == _PROCESS else 1
+
+
+def why_not_native() -> str | None:
+    """Return why this process does not use compiled CPU kernels, or None where it does."""
+    if _SWITCH.off:
+        return "LIGHTNING_QAT_NATIVE=0"
+    return next((family.reason for family in FAMILIES.values() if family.functions() is None), None)

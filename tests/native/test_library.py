@@ -12,7 +12,7 @@ import torch
 
 from lightning_qat.native import build
 from lightning_qat.native.fake_quantize import quantize
-from lightning_qat.native.library import FAMILIES, Family, threads_for, without_native
+from lightning_qat.native.library import FAMILIES, Family, threads_for, why_not_native, without_native
 
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which(os.environ.get("CXX") or "g++") is None, reason="needs a C++ compiler"
@@ -82,6 +82,17 @@ def test_without_native_nothing_is_written():
     with without_native():
         assert not quantize(x, out, (1, 1, 10), torch.tensor(0.1), None, -127, 127)
     assert not out.any()
+
+
+@needs_compiler
+def test_what_is_used_is_known(monkeypatch):
+    assert why_not_native() is None
+    with without_native():
+        assert why_not_native() == "LIGHTNING_QAT_NATIVE=0"
+    family = next(iter(FAMILIES.values()))
+    monkeypatch.setattr(family, "_functions", None)
+    monkeypatch.setattr(family, "reason", "no C++ compiler is installed")
+    assert why_not_native() == "no C++ compiler is installed"
 
 
 def test_small_work_stays_on_one_thread():
