@@ -3,9 +3,10 @@
 A kernel is taken only where its grid is the trained one. Some things are known of a layer at any time
 (:func:`reference_reason`, what ``QuantizedLayer.execution`` shows); others only of a call, which then takes the
 reference path: under ``torch.compile`` (but for :func:`lightning_qat.nn.triton_linear.takes_ops`), ``torch.export``,
-``torch.jit.trace`` and autocast, where a gradient, forward or backward, is wanted, for empty inputs, and for inputs of
-another dtype, device or tensor class; a weight-only Linear also where the number of tokens makes a float product
-faster, and, where it would compute with integers, for NaN and infinities. What the C++ kernels of
+``torch.jit.trace``, autocast and modes that see PyTorch's operations (``make_fx``, fake tensors), where a gradient,
+forward or backward, is wanted, for empty inputs, and for inputs of another dtype, device or tensor class; a weight-only
+Linear also where the number of tokens makes a float product faster, and, where it would compute with integers, for NaN
+and infinities. What the C++ kernels of
 :mod:`lightning_qat.native` do for few tokens, ``"native ..."``, oneDNN's do for more.
 """
 
@@ -153,7 +154,7 @@ def _input_reason(fmt: TensorFormat) -> str | None:
 
 def takes_integers(layer: QuantizedLayer, x: Tensor) -> bool:
     """Return whether this call can go to an integer kernel, if the layer has one."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     if type(x) is RegionTensor:  # of a layer that asked all this
         return layer.weight_dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tensors import randn
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lightning_qat as lq
 from lightning_qat.native.library import without_native
@@ -335,6 +337,16 @@ def test_compile_and_export_take_the_reference(preset):
     for got in (compiled, strict, loose):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(model(x), eager)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_weight_only", "w4a16", "nf4"])
+def test_modes_that_see_operations_take_the_reference(preset):
+    x = randn(3, 128)
+    layer = conversion(nn.Linear(128, 128), x, preset)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(x).shape == (3, 128)  # no kernel reads or writes address 0, none is kept that holds such
+    with torch.no_grad():
+        torch.testing.assert_close(make_fx(layer)(x)(2 * x), layer(2 * x), rtol=1e-4, atol=1e-4)
 
 
 def test_codes_made_in_inference_mode_stay_on_the_reference(used):
