@@ -67,9 +67,10 @@ class Family:
     def functions(self) -> Any:
         """Return an object with the functions as attributes, or None where there are none to use.
 
-        A function that this machine's compiler does not make is None.
+        A function that this machine's compiler does not make is None. There are none while a mode sees PyTorch's
+        operations (``make_fx``, which writes them down): what is written to an address would be missing among them.
         """
-        if _SWITCH.off:
+        if _SWITCH.off or torch._C._len_torch_dispatch_stack():
             return None
         if self._functions is None and self.reason is None:
             self._load()

@@ -15,11 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_qat.native import fake_quantize as native
 from lightning_qat.nn.recompute import has_memory_of_its_own
-from lightning_qat.ops.layout import empty_result, empty_values
-from lightning_qat.ops.straight_through import apply_plainly, differentiable_once, grid_for
+from lightning_qat.ops.fake_quantize_cpu import as_read
+from lightning_qat.ops.layout import NO_AXIS, NO_GROUP, empty_result, empty_values
+from lightning_qat.ops.straight_through import (
+    apply_plainly,
+    differentiable_once,
+    fake_quantize_kernel,
+    grid_for,
+    input_gradient,
+    learned_gradients,
+)
 from lightning_qat.ops.workspace import SHORT_LIVED, passing_results
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
 from lightning_qat.quantizers.learned_scale import LearnedScale, parameter_gradients
@@ -107,7 +116,15 @@ class _Quantized:
         layout = (1, x.numel() // run, run)
         if axis > 0:
             raise ValueError(f"axis={axis} of a linear layer's weight or input; use 0 or None")
-        self.grid = (layout, scale, None if fmt.symmetric else zero_point, quant_min, quant_max)
+        self.grid = (layout, *as_read(scale, None if fmt.symmetric else zero_point), quant_min, quant_max)
+
+    def _for_ops(self) -> tuple[Any, ...]:
+        """Return :attr:`grid` as the ops take it.
+
+        They step in where kernels are switched off, or a mode sees operations, from the forward pass to the backward.
+        """
+        (_, channels, run), *parameters = self.grid  # type: ignore[misc]
+        return *parameters, NO_AXIS, run if channels > 1 else NO_GROUP
 
     def learned_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         if self.learned is None:
@@ -121,8 +138,7 @@ class _Quantized:
         if self.grid is None:
             return x
         result = empty_result(x, 0)
-        native.quantize(x, result, *self.grid)
-        return result
+        return result if native.quantize(x, result, *self.grid) else fake_quantize_kernel(x, *self._for_ops())
 
     def gradients(
         self, grad: Tensor, x: Tensor, wanted: bool, values: Tensor | None = None
@@ -138,17 +154,25 @@ class _Quantized:
         if self.learned is None or self.grid is None:
             return self._inside(grad, x) if wanted else None, None, None
         _, scale, zero_point, quant_min, quant_max = self.grid
-        sums: Any = native.learned_sums(grad, x, grad if wanted else None, *self.grid, values=values)
-        of_zero = None if zero_point is None else sums[:, 1].to(torch.float32)
-        of_scale, levels = sums[:, 0].to(torch.float32), quant_max - quant_min
+        sums = native.learned_sums(grad, x, grad if wanted else None, *self.grid, values=values)
+        of_zero: Tensor | None
+        if sums is None:
+            if values is not None:
+                values.copy_(self.values(x))
+            grid: Any = self._for_ops()[2:]
+            grad, of_scale, of_zero = learned_gradients(grad, x, scale, zero_point, grid, wanted, values)
+        else:
+            of_scale = sums[:, 0].to(torch.float32)
+            of_zero = None if zero_point is None else sums[:, 1].to(torch.float32)
         flat = scale.view(self.learned.exponent.shape)
-        parameters = parameter_gradients(of_scale, of_zero, flat, self._offset, self.factor, levels)
+        parameters = parameter_gradients(of_scale, of_zero, flat, self._offset, self.factor, quant_max - quant_min)
         return grad if wanted else None, *parameters
 
     def _inside(self, grad: Tensor, x: Tensor) -> Tensor:
-        if not self.covered and self.grid is not None:
-            native.input_gradient(grad, x, grad, *self.grid)
-        return grad
+        if self.covered or self.grid is None or native.input_gradient(grad, x, grad, *self.grid):
+            return grad
+        scale, zero_point, *grid = self._for_ops()
+        return input_gradient(grad, x, scale, zero_point, grid)  # type: ignore[arg-type]
 
 
 class _Input(_Quantized):
@@ -183,6 +207,9 @@ class _Input(_Quantized):
     def _may_keep_codes(self, x: Tensor) -> bool:
         if self.grid is None or self.grid[4] - self.grid[3] > 255:
             return False
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__module__:
+            return False  # what is kept is compared with what it was, and a range that moved may choose otherwise
         owner = x if x._base is None else x._base
         # What has no history is data, which whoever gave it holds.
         return owner.grad_fn is not None and owner.grad_fn.name() not in _KEEP_THEIR_RESULT
@@ -191,7 +218,9 @@ class _Input(_Quantized):
         if x.dtype is not torch.uint8 or self.grid is None:
             return super().values(x)
         result = empty_values(x.shape)
-        native.values_of_codes(x, result, *self.grid[1:])
+        if not native.values_of_codes(x, result, *self.grid[1:]):
+            _, scale, zero_point, quant_min, _ = self.grid
+            result.copy_(x).add_(quant_min if zero_point is None else quant_min - zero_point.round()).mul_(scale)
         return result
 
     def _inside(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -206,6 +235,7 @@ class _Weight(_Quantized):
 
     def __init__(self, weight: Tensor, quantizer: WeightQuantizer) -> None:
         super().__init__(quantizer, weight)
+        quantizer.begin_learning(weight)  # before anything is read of what is learned
         self.name = quantizer.name
         self._format = quantizer.format
         self.covered = quantizer.covers_weight

@@ -57,9 +57,12 @@ class _Again:
 
 
 def has_memory_of_its_own(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor that can be told by its address and version, as under no transform."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_inference() and not x.is_meta
-    return plain and torch._C._functorch.maybe_current_level() is None
+    """Whether ``x`` is a plain tensor that can be told by its address and version, as under no transform.
+
+    Not where a mode sees operations (``make_fx``, which writes them down): kernels called directly are none of them.
+    """
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_inference() and not x.is_meta and not x.is_neg()
+    return plain and torch._C._functorch.maybe_current_level() is None and not torch._C._len_torch_dispatch_stack()
 
 
 def _may_keep(quantizer: FakeQuantizer | None) -> TypeGuard[WeightQuantizer]:
