@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 _SOURCES = Path(__file__).parent
 
@@ -42,26 +45,31 @@ def compiled_library(family: str) -> Path:
         BuildError: if it cannot be compiled.
     """
     compiler = find_compiler()
-    command = (compiler, *_FLAGS, *_machine_flags())
+    command = (*compiler, *_FLAGS, *_machine_flags())
     source = _SOURCES / f"{family}.cpp"
-    target = cache_folder() / f"{family}-{_digest(source, command)}.so"
+    target = cache_folder() / f"{family}-{_digest(source, compiler, command)}.so"
     if not target.exists():
-        _compile(command, source, target)
+        _compile(compiler, command, source, target)
     return target
 
 
-def find_compiler() -> str:
-    """Return the C++ compiler: ``$CXX``, or ``g++``.
+def find_compiler() -> tuple[str, ...]:
+    """Return the C++ compiler's command: ``$CXX``, which may have words of its own as ``ccache g++`` does, or ``g++``.
 
     Raises:
         BuildError: if there is none, or the system is not Linux.
     """
     if platform.system() != "Linux":
         raise BuildError(f"compiled CPU kernels are for Linux, and this is {platform.system()}")
-    found = shutil.which(os.environ.get("CXX") or "g++")
+    given = os.environ.get("CXX", "").strip() or "g++"
+    try:
+        first, *words = [given] if shutil.which(given) else shlex.split(given)  # a path may hold spaces
+    except ValueError as error:
+        raise BuildError(f"CXX={given!r} is no command ({error}); set it to a C++ compiler") from error
+    found = shutil.which(first)
     if found is None:
-        raise BuildError("no C++ compiler is installed; install g++, or set CXX to one")
-    return found
+        raise BuildError(f"no C++ compiler {first!r} is installed; install g++, or set CXX to one")
+    return found, *words
 
 
 def cache_folder() -> Path:
@@ -71,18 +79,21 @@ def cache_folder() -> Path:
         BuildError: if none can be written, or somebody else could write into it.
     """
     chosen = os.environ.get("LIGHTNING_QAT_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    candidates = [Path(chosen)] if chosen else [home / "lightning_qat", _temporary_folder()]
     reasons = []
-    for folder in candidates:
+    for candidate in [lambda: Path(chosen)] if chosen else [_users_folder, _temporary_folder]:
         try:
+            folder = candidate()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_own(folder)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter from ``Path.home``, of a user without a home
             reasons.append(str(error))
             continue
         return folder
     raise BuildError(f"no folder for compiled kernels ({'; '.join(reasons)}); set LIGHTNING_QAT_CACHE to one")
+
+
+def _users_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_qat"
 
 
 def _temporary_folder() -> Path:
@@ -92,7 +103,8 @@ def _temporary_folder() -> Path:
 def _check_own(folder: Path) -> None:
     """Raise where another user could put a library that this process would then load."""
     found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    others = found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others or folder.lstat().st_uid != os.getuid():  # whose link it is could let it lead elsewhere
         raise PermissionError(f"{folder} belongs to another user or is writable by others")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written")
@@ -105,11 +117,15 @@ def _machine_flags() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=64)
-def _digest(source: Path, command: tuple[str, ...]) -> str:
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False)
-    parts = [*command, version.stdout, platform.machine(), _processor()]
+def _digest(source: Path, compiler: tuple[str, ...], command: tuple[str, ...]) -> str:
+    parts = [*command, _version(compiler), platform.machine(), _processor()]
     texts = [path.read_bytes() for path in (source, *sorted(_SOURCES.glob("*.h")))]
     return hashlib.sha256(b"\0".join([*(part.encode() for part in parts), *texts])).hexdigest()[:16]
+
+
+@lru_cache(maxsize=8)
+def _version(compiler: tuple[str, ...]) -> str:
+    return _run((*compiler, "--version"))
 
 
 @lru_cache(maxsize=1)
@@ -122,19 +138,30 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model", "cpu family", "flags", "Features", "CPU")))
 
 
-def _compile(command: tuple[str, ...], source: Path, target: Path) -> None:
+def _compile(compiler: tuple[str, ...], command: tuple[str, ...], source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder:
         compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
-        _run([*command, "-c", str(source), "-o", str(compiled)])
+        _run((*command, "-c", str(source), "-o", str(compiled)))
         # Not linked with OpenMP: its symbols are those of the library that PyTorch has loaded, whose threads these are.
-        _run([command[0], "-shared", str(compiled), "-o", str(linked)])
+        _run((*compiler, "-shared", str(compiled), "-o", str(linked)))
         os.replace(linked, target)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: tuple[str, ...]) -> str:
+    """Return what ``command`` says; it ends within :data:`_SECONDS`, with all processes that it began."""
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = subprocess.Popen(command, **pipes, encoding="utf-8", errors="replace", start_new_session=True)
+    except OSError as error:
         raise BuildError(f"{command[0]} failed: {error}") from error
-    if done.returncode:
-        raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
+    with process:
+        try:
+            said, _ = process.communicate(timeout=_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{command[0]} failed: {error}") from error
+        finally:
+            if process.returncode is None:  # also where somebody interrupts: what it began holds the pipes
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise BuildError(f"{' '.join(command)} failed: {said.strip()[-2000:]}")
+    return said

@@ -91,6 +91,16 @@ class Family:
             )
 
 
+def _renew_locks() -> None:
+    """Let a forked process compile: it has locks that are held, and not the threads that would give them back."""
+    for family in FAMILIES.values():
+        family._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 def _function(library: ctypes.CDLL, name: str, letters: str) -> Any:
     """Return a function of ``library``; None where it has none of this name, as for dtypes the compiler lacks."""
     function = getattr(library, name, None)

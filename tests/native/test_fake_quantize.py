@@ -222,7 +222,7 @@ def test_the_plain_loops_of_any_processor_give_the_same_bits(tmp_path) -> None:
     source = Path(build.__file__).parent / "fake_quantize.cpp"
     plain = tmp_path / "plain.so"
     flags = [flag for flag in build._FLAGS if flag != "-O3"]
-    subprocess.run([build.find_compiler(), *flags, "-O1", "-shared", str(source), "-o", str(plain)], check=True)
+    subprocess.run([*build.find_compiler(), *flags, "-O1", "-shared", str(source), "-o", str(plain)], check=True)
     x = torch.randn(1001, generator=torch.Generator().manual_seed(0)) * 3
     scale, zero = torch.tensor(0.017), torch.tensor(100, dtype=torch.int32)
     expected = torch.empty_like(x)

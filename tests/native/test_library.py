@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_qat.native import build
+from lightning_qat.native import build, library
 from lightning_qat.native.fake_quantize import quantize
 from lightning_qat.native.library import FAMILIES, Family, threads_for, why_not_native, without_native
 
@@ -93,6 +95,80 @@ def test_what_is_used_is_known(monkeypatch):
     monkeypatch.setattr(family, "_functions", None)
     monkeypatch.setattr(family, "reason", "no C++ compiler is installed")
     assert why_not_native() == "no C++ compiler is installed"
+
+
+@needs_compiler
+def test_a_compiler_may_be_more_than_a_word(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "env LANG=C g++")
+    assert build.find_compiler()[1:] == ("LANG=C", "g++")
+    assert build.compiled_library("upper_factor").exists()
+
+
+def test_what_is_no_command_is_no_compiler(cache, monkeypatch):
+    monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+    monkeypatch.setenv("CXX", "g++ '")
+    with pytest.raises(build.BuildError, match="No closing quotation"):
+        build.compiled_library("upper_factor")
+
+
+def test_a_user_without_a_home_has_the_temporary_folder(tmp_path, monkeypatch):
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LIGHTNING_QAT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert build.cache_folder().parent == tmp_path
+
+
+def test_a_link_of_somebody_else_is_refused(cache, tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir(mode=0o700)
+    cache.symlink_to(tmp_path / "own")
+    assert build.cache_folder() == cache
+    found = os.lstat(cache)
+    other = os.stat_result((*found[:4], found.st_uid + 1, *found[5:]))
+    monkeypatch.setattr(Path, "lstat", lambda self: other if self == cache else os.lstat(self))
+    with pytest.raises(build.BuildError, match="belongs to another user"):
+        build.cache_folder()
+
+
+def _script(folder: Path, text: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("sleep 60; exit 0", "timed out"), ("printf 'caf\\351'; exit 3", "caf\ufffd"), ("kill -9 $$", "failed")],
+    ids=["hangs", "no UTF-8", "dies"],
+)
+def test_a_compiler_that_hangs_or_fails_holds_nothing_up(cache, tmp_path, monkeypatch, text, reason):
+    """A shell's own child has its pipes: it has to end too."""
+    monkeypatch.setenv("CXX", _script(tmp_path, text))
+    monkeypatch.setattr(build, "_SECONDS", 0.3)
+    family, start = Family("upper_factor_of_a_test", {}), time.monotonic()
+    monkeypatch.setattr(library, "compiled_library", lambda name: build.compiled_library("upper_factor"))
+    assert family.functions() is None
+    assert reason in str(FAMILIES.pop(family.name).reason)
+    assert time.monotonic() - start < 20
+
+
+@needs_compiler
+def test_a_process_forked_while_another_thread_compiles_compiles_itself(monkeypatch):
+    """It inherits the lock, and not the thread that would give it back."""
+    family = Family("forked_of_a_test", {})
+    monkeypatch.setattr(library, "compiled_library", lambda name: build.compiled_library("upper_factor"))
+    with family._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(0 if family.functions() is not None else 3)
+    FAMILIES.pop(family.name)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_small_work_stays_on_one_thread():
