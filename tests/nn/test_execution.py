@@ -204,7 +204,7 @@ def test_code_of_the_user_is_kept(build, reason, shape, used):
 
 
 def test_training_float64_and_a_cpu_that_saturates(monkeypatch, used):
-    x = randn(3, 8)
+    x = randn(2, 8)
     layer = conversion(nn.Linear(8, 4), x)
     assert layer.train().execution == "reference: training mode"
     layer(x)
