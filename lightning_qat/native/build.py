@@ -53,6 +53,21 @@ def compiled_library(family: str) -> Path:
     return target
 
 
+def remember_sources(family: str) -> None:
+    """Keep what ``family`` is compiled from, as it is now, while its signatures are imported.
+
+    Where the package is replaced under a running process, functions with other arguments than are handed to them would
+    read and write anywhere.
+    """
+    _texts(_SOURCES / f"{family}.cpp")
+
+
+@lru_cache(maxsize=64)
+def _texts(source: Path) -> dict[str, bytes]:
+    """Return the source and all headers by their names, as they were when this was first called."""
+    return {path.name: path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))) if path.exists()}
+
+
 def find_compiler() -> tuple[str, ...]:
     """Return the C++ compiler's command: ``$CXX``, which may have words of its own as ``ccache g++`` does, or ``g++``.
 
@@ -119,8 +134,7 @@ def _machine_flags() -> tuple[str, ...]:
 @lru_cache(maxsize=64)
 def _digest(source: Path, compiler: tuple[str, ...], command: tuple[str, ...]) -> str:
     parts = [*command, _version(compiler), platform.machine(), _processor()]
-    texts = [path.read_bytes() for path in (source, *sorted(_SOURCES.glob("*.h")))]
-    return hashlib.sha256(b"\0".join([*(part.encode() for part in parts), *texts])).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join([*(part.encode() for part in parts), *_texts(source).values()])).hexdigest()[:16]
 
 
 @lru_cache(maxsize=8)
@@ -141,7 +155,9 @@ def _processor() -> str:
 def _compile(compiler: tuple[str, ...], command: tuple[str, ...], source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder:
         compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
-        _run((*command, "-c", str(source), "-o", str(compiled)))
+        for name, text in _texts(source).items():
+            (Path(folder) / name).write_bytes(text)
+        _run((*command, "-c", str(Path(folder) / source.name), "-o", str(compiled)))
         # Not linked with OpenMP: its symbols are those of the library that PyTorch has loaded, whose threads these are.
         _run((*compiler, "-shared", str(compiled), "-o", str(linked)))
         os.replace(linked, target)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_qat.native.build import BuildError, compiled_library
+from lightning_qat.native.build import BuildError, compiled_library, remember_sources
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Family:
         self._lock = threading.Lock()
         #: Why there are no functions, where that is known.
         self.reason: str | None = None
+        remember_sources(name)
         FAMILIES[name] = self
 
     def functions(self) -> Any:

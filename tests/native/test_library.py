@@ -64,6 +64,22 @@ def test_a_source_that_does_not_compile_says_so_and_leaves_nothing(cache, tmp_pa
     assert "failed" in str(FAMILIES.pop("broken").reason)
 
 
+@needs_compiler
+def test_what_is_compiled_is_what_the_signatures_were_imported_with(cache, tmp_path, monkeypatch):
+    """Functions of a package that was replaced meanwhile may take other arguments, and write anywhere."""
+    source = tmp_path / "changing.cpp"
+    source.write_text('#include "number.h"\nextern "C" void write(int* to) { *to = NUMBER; }')
+    (tmp_path / "number.h").write_text("#define NUMBER 1")
+    monkeypatch.setattr(build, "_SOURCES", tmp_path)
+    family = Family("changing", {"write": "p"})
+    monkeypatch.delitem(FAMILIES, "changing")
+    source.write_text('extern "C" void write(int* to) { *to = 2; }')
+    (tmp_path / "number.h").unlink()
+    to = torch.zeros(1, dtype=torch.int32)
+    family.functions().write(to.data_ptr())
+    assert to.item() == 1
+
+
 def test_without_a_compiler_there_is_a_reason(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(build.BuildError, match="g\\+\\+|CXX|Linux"):
