@@ -35,6 +35,7 @@ from lightning_qat.callbacks.run_length import run_length
 from lightning_qat.callbacks.schedule import Schedule
 from lightning_qat.config import PlanLike, epochs_of
 from lightning_qat.nn import QuantizedLayer
+from lightning_qat.ops.workspace import release_workspace
 from lightning_qat.transforms.float_checkpoint import CHECKPOINT_KEY
 from lightning_qat.transforms.fuse import decide_no_folding, undecided_layers
 from lightning_qat.transforms.phase import (
@@ -140,6 +141,7 @@ class QuantizationCallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         restore_hook(pl_module, "on_load_checkpoint")
+        release_workspace()
 
     def _asked(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return what the callbacks of ``trainer`` ask for, in builtins."""

@@ -1,7 +1,8 @@
 """Memory for results that live for one operation: taken again as soon as nobody holds it.
 
 A fake-quantized input is freed right after the layer has read it, and fresh memory of that size costs a page fault
-for each page: more than the arithmetic (:mod:`lightning_qat.ops.layout`). Each thread keeps one piece.
+for each page: more than the arithmetic (:mod:`lightning_qat.ops.layout`). Each thread keeps one piece, or two where
+layers ask for that, until :func:`release_workspace`.
 """
 
 from __future__ import annotations

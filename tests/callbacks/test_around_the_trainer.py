@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import lightning_qat as lq
 from lightning_qat.nn import QuantizedLayer
+from lightning_qat.ops import workspace
 
 
 @pytest.mark.parametrize("bar", ["RichProgressBar", "TQDMProgressBar"])
@@ -129,3 +130,9 @@ def test_fabric(tmp_path):
     twin = fabric.setup(lq.prepare(Classifier(seed=3), "int8"))
     fabric.load(tmp_path / "last.ckpt", {"model": twin})
     assert torch.equal(twin.eval()(x), module(x))
+
+
+def test_memory_of_the_training_step_is_given_back(tmp_path):
+    workspace._WORKSPACE.pieces.append(workspace._Piece(2**20))
+    fit(tmp_path, [qat()])
+    assert not workspace._WORKSPACE.pieces
