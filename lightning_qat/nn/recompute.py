@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.layout import is_plain
 from lightning_qat.ops.workspace import passing_results
 from lightning_qat.quantizers.debug import tell
 from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
@@ -61,7 +62,7 @@ def has_memory_of_its_own(x: Tensor) -> bool:
 
     Not where a mode sees operations (``make_fx``, which writes them down): kernels called directly are none of them.
     """
-    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_inference() and not x.is_meta and not x.is_neg()
+    plain = is_plain(x) and not x.is_inference() and not x.is_meta
     return plain and torch._C._functorch.maybe_current_level() is None and not torch._C._len_torch_dispatch_stack()
 
 

@@ -169,8 +169,12 @@ def match_layout(result: Tensor, x: Tensor) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` has memory that can be read at its address."""
-    return type(x) is Tensor or type(x) is torch.nn.Parameter
+    """Whether ``x`` has memory that can be read at its address.
+
+    Not a view of what has the other sign, as the imaginary part of a conjugate; nor zeros that take no memory, which
+    autograd makes of gradients.
+    """
+    return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.is_neg() and not x._is_zerotensor()
 
 
 def dense_layout(x: Tensor, axis: int, group: int) -> tuple[int, int, int] | None:

@@ -63,6 +63,19 @@ def test_rows_of_their_own(rows, around):
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("around", [nullcontext, without_native], ids=["native", "pytorch"])
+@pytest.mark.parametrize(
+    ("grad", "expected"),
+    [(lambda: torch._neg_view(torch.ones(4)), -1.0), (lambda: torch._efficientzerotensor((4,)), 0.0)],
+    ids=["of the other sign", "without memory"],
+)
+def test_gradients_whose_memory_is_not_what_they_are(around, grad, expected):
+    x = torch.linspace(-1, 1, 4).requires_grad_()
+    with around():
+        fake_quantize_through(x, torch.tensor(0.01), None, -127, 127, -1, 0).backward(grad())
+    assert torch.equal(x.grad, torch.full((4,), expected))
+
+
 class _Watch(TorchDispatchMode):
     """Notes which gradients convolutions are asked for, and the largest tensor that a product makes."""
 
