@@ -66,7 +66,7 @@ def quantize_pieces(
     if zero is not None:
         zero = zero.reshape(-1, 1)
         low, high, shift = quant_min - zero, quant_max - zero, zero.to(dtype)
-    scratch = torch.empty(min(x.numel(), CHUNK), dtype=torch.float32)
+    scratch = torch.empty(min(x.numel(), CHUNK), dtype=torch.float32, device="cpu")
     for part, runs in chunks(x.numel(), run):
         values = scratch[: part.stop - part.start].view(runs.stop - runs.start, -1)
         source = flat[part].view(values.shape)
@@ -102,7 +102,7 @@ def dequantize_pieces(codes: Tensor, scale: Tensor, zero: Tensor | None, run: in
     if native.dequantize(flat, steps, whole(zero), run, result):
         return result.view(codes.shape)
     zero = None if zero is None else zero.reshape(-1, 1)
-    scratch = torch.empty(min(codes.numel(), CHUNK), dtype=torch.float32)
+    scratch = torch.empty(min(codes.numel(), CHUNK), dtype=torch.float32, device="cpu")
     for part, runs in chunks(codes.numel(), run):
         values = scratch[: part.stop - part.start].view(runs.stop - runs.start, -1)
         values.copy_(flat[part].view(values.shape))

@@ -74,7 +74,7 @@ def pack_bags(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> BagWei
     if zero_point is not None:
         offset = (_MIDDLE - zero_point.float().t()).mul(steps).contiguous()
     digits = (codes.to(torch.int16) + (_MIDDLE if zero_point is None else 0)).to(torch.uint8).t()
-    ends = torch.tensor([1.0, -_MIDDLE], dtype=torch.float16).view(torch.uint8).expand(columns, 4)
+    ends = torch.tensor([1.0, -_MIDDLE], dtype=torch.float16, device="cpu").view(torch.uint8).expand(columns, 4)
     share = -(-rows // (2 * parts_of(rows, _LEAST_ROWS))) * 2
     tables = tuple(torch.cat((p[:, ::2] | p[:, 1::2] << 4, ends), 1) for p in digits.split(share, 1))
     return BagWeight(tables, steps, offset)
@@ -116,8 +116,8 @@ def _bags(weight: BagWeight, values: Tensor, groups: int, tokens: int) -> Tensor
 @lru_cache(maxsize=16)
 def _rows_of_bags(columns: int, run: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Return the rows of the table that all bags take, and where each bag begins and the last one ends."""
-    index = torch.arange(columns, dtype=torch.int32).repeat(tokens)
-    return index, torch.arange(0, columns * tokens + 1, run, dtype=torch.int32)
+    index = torch.arange(columns, dtype=torch.int32, device="cpu").repeat(tokens)
+    return index, torch.arange(0, columns * tokens + 1, run, dtype=torch.int32, device="cpu")
 
 
 @lru_cache(maxsize=1)
@@ -125,9 +125,9 @@ def bags_are_exact() -> bool:
     """Return whether this machine has the vectorized kernel and it is right; found once, by small exact numbers."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False
-    codes = ((torch.arange(16 * 64) * 7) % 16 - 8).reshape(16, 64).to(torch.int8)
-    x = (torch.arange(2 * 64) % 5 - 2).reshape(2, 64).float()
-    scale = torch.tensor([[0.5, 2.0]]).expand(16, 2)
+    codes = ((torch.arange(16 * 64, device="cpu") * 7) % 16 - 8).reshape(16, 64).to(torch.int8)
+    x = (torch.arange(2 * 64, device="cpu") % 5 - 2).reshape(2, 64).float()
+    scale = torch.tensor([[0.5, 2.0]], device="cpu").expand(16, 2)
     try:
         result = bag_linear(x, pack_bags(codes, scale, None), None)
     except (AttributeError, RuntimeError):  # a build of PyTorch without this op

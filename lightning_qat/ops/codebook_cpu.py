@@ -290,7 +290,7 @@ def _steps(ratios: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 @lru_cache(maxsize=1)
@@ -304,7 +304,7 @@ def _cell_table(name: str, rule: str) -> Tensor:
     limits = thresholds(name, rule, "cpu")
     # The largest ratio of the bin below each threshold, and the smallest of the one above.
     below, above = (_cells(t.clone()) for t in (limits, torch.nextafter(limits, _scalar(float("inf")))))
-    bins = torch.searchsorted(above, torch.arange(int(_LAST_CELL) + 1, dtype=torch.int32), right=True)
+    bins = torch.searchsorted(above, torch.arange(int(_LAST_CELL) + 1, dtype=torch.int32, device="cpu"), right=True)
     table = bin_codes(name, rule, "cpu")[bins]
     table[below[below == above].long()] = _MARK
     table[0] = _MARK
@@ -324,7 +324,7 @@ def _search_marked(memory: Tensor, work: _Work) -> None:
         return
     places = []
     for marked in torch.cat(found).split(CHUNK // 8) if found else ():
-        at = (marked * 8 + torch.arange(8)).view(-1)
+        at = (marked * 8 + torch.arange(8, device="cpu")).view(-1)
         # Not at[memory[at] == _MARK], here and below: such an index waits for all threads however small it is.
         places.append(at.index_select(0, (memory.index_select(0, at) == _MARK).nonzero().view(-1)))
     if places:
@@ -343,7 +343,7 @@ def _pack(codes: Tensor, count: int) -> Tensor:
     """Return two codes a byte, the even one in the high nibble. Changes nothing beyond ``codes``' memory."""
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device="cpu")
     pairs = codes.as_strided((2 * len(packed),), (1,)).view(torch.int16)
-    scratch = torch.empty(min(len(packed), CHUNK), dtype=torch.int16)
+    scratch = torch.empty(min(len(packed), CHUNK), dtype=torch.int16, device="cpu")
     for start in range(0, len(packed), CHUNK):
         pair = pairs[start : start + CHUNK]
         # The low byte of a pair is its first code (memory is little-endian wherever PyTorch has these kernels).
@@ -368,7 +368,7 @@ def _write_values(stored: Tensor, absmax: Tensor, name: str, block_size: int, re
 @lru_cache(maxsize=2)
 def _pair_table(name: str) -> Tensor:
     """Return both values of every byte of packed codes, as one 8-byte element that is only ever copied."""
-    values, byte = codebook_values(name, "cpu"), torch.arange(256)
+    values, byte = codebook_values(name, "cpu"), torch.arange(256, device="cpu")
     return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.float64).view(-1)
 
 

@@ -192,12 +192,12 @@ def dynamic_tree_steps(values: Tensor) -> Tensor:
 
 def dynamic_tree_step_codes() -> Tensor:
     """Return bitsandbytes' CPU table: the code of each of 65,536 equal steps from -1.0 to 1.0, uint8."""
-    values = torch.tensor(_values("dynamic_tree"), dtype=torch.float32)
+    values = torch.tensor(_values("dynamic_tree"), dtype=torch.float32, device="cpu")
     return _step_codes((values[:-1] + values[1:]) / 2).to(torch.uint8)
 
 
 def _step_codes(midpoints: Tensor) -> Tensor:
-    steps = torch.arange(65536, dtype=torch.float32)
+    steps = torch.arange(65536, dtype=torch.float32, device="cpu")
     return torch.bucketize(-1.0 + 2.0 * steps / 65535.0, midpoints)
 
 

@@ -88,7 +88,7 @@ def int4_dequantize_cpu(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, numel: int, run: int, dtype: torch.dtype
 ) -> Tensor:
     """The definition by table: 4096 x 4096 in groups of 128 takes a seventh of the time."""
-    result = advise_huge_pages(torch.empty(numel, dtype=dtype))
+    result = advise_huge_pages(torch.empty(numel, dtype=dtype, device="cpu"))
     if not numel:
         return result
     packed, scales = packed.reshape(-1), scale.reshape(-1).float()
@@ -104,6 +104,6 @@ def int4_dequantize_cpu(
 @lru_cache(maxsize=2)
 def _pair_table(signed: bool) -> Tensor:
     """Return both codes of every byte as numbers, the low nibble first, as one 8-byte element that is only copied."""
-    byte, offset = torch.arange(256), 8 if signed else 0
+    byte, offset = torch.arange(256, device="cpu"), 8 if signed else 0
     pairs = torch.stack(((byte & 15) - offset, (byte >> 4) - offset), dim=1)
     return pairs.to(torch.float32).view(torch.float64).view(-1)

@@ -84,9 +84,9 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
 @lru_cache(maxsize=1)
 def int4_is_exact() -> bool:
     """Return whether this machine's kernel is there and right; found once, by a small product that bfloat16 holds."""
-    codes = (torch.arange(16 * 64) % 16 - 8).reshape(16, 64).to(torch.int8)
-    x = (torch.arange(3 * 64) % 3 - 1).reshape(3, 64).to(torch.bfloat16)
-    scale = torch.tensor([[0.5, 2.0]]).expand(16, 2)
+    codes = (torch.arange(16 * 64, device="cpu") % 16 - 8).reshape(16, 64).to(torch.int8)
+    x = (torch.arange(3 * 64, device="cpu") % 3 - 1).reshape(3, 64).to(torch.bfloat16)
+    scale = torch.tensor([[0.5, 2.0]], device="cpu").expand(16, 2)
     try:
         result = int4_linear(x, pack_int4(codes, scale, None, 32), None)
     except (AttributeError, RuntimeError):  # a build of PyTorch without this op

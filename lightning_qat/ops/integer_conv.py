@@ -179,15 +179,15 @@ def convolve_codes(
 @lru_cache(maxsize=1)
 def conv_is_exact() -> bool:
     """Return whether this machine's kernels, grouped and not, sum codes exactly; found once, by tiny convolutions."""
-    x = torch.full((1, 20, 5, 5), 255, dtype=torch.uint8)
+    x = torch.full((1, 20, 5, 5), 255, dtype=torch.uint8, device="cpu")
     x[:, 1::3] = 7
-    w = torch.full((20, 20, 3, 3), 127, dtype=torch.int8)
+    w = torch.full((20, 20, 3, 3), 127, dtype=torch.int8, device="cpu")
     w[1, ::2] = -128
     codes = CodeRange(3, 0, 255)
     for groups, kernel in ((1, w), (20, w[:, :1])):
         geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups)
         try:
-            packed = pack_conv(kernel, torch.ones(1, dtype=torch.float32), geometry, 1.0, codes)
+            packed = pack_conv(kernel, torch.ones(1, dtype=torch.float32, device="cpu"), geometry, 1.0, codes)
             result = convolve_codes(x, CodeGrid(1.0, codes), packed, None, geometry)
             # Steps of a power of two larger than the sums: what is rounded is exact.
             rounded = convolve_codes(x, CodeGrid(1.0, codes), packed, None, geometry, CodeGrid(2.0**16, codes))

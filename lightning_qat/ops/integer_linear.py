@@ -331,13 +331,13 @@ def linear_is_exact() -> bool:
 
     Without VNNI instructions pairs of products may saturate at 16 bits.
     """
-    x = torch.full((3, 70), 255, dtype=torch.uint8)
+    x = torch.full((3, 70), 255, dtype=torch.uint8, device="cpu")
     x[1, ::3] = 7
-    w = torch.full((5, 70), 127, dtype=torch.int8)
+    w = torch.full((5, 70), 127, dtype=torch.int8, device="cpu")
     w[1, ::2] = -128
     try:
         with without_native():
-            result = multiply_codes(x, 1.0, 3, pack_linear(w, torch.ones(1, dtype=torch.float32)), None)
+            result = multiply_codes(x, 1.0, 3, pack_linear(w, torch.ones(1, dtype=torch.float32, device="cpu")), None)
     except (AttributeError, RuntimeError):  # a build of PyTorch without oneDNN or without this op
         return False
     return torch.equal(result.long(), (x.long() - 3) @ w.long().T)

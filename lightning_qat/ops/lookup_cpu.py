@@ -78,7 +78,8 @@ def _write_rows(table: Tensor, source: Tensor, scale: Tensor, zero: Tensor | Non
     rows, row = target.shape
     step, per_byte = min(rows, CHUNK // row), table.element_size() // 4
     even, size = rows // step * step, -(-step * row // per_byte)
-    found, index = torch.empty(size, dtype=table.dtype), torch.empty(size, dtype=torch.int32)
+    found = torch.empty(size, dtype=table.dtype, device="cpu")
+    index = torch.empty(size, dtype=torch.int32, device="cpu")
     values = found.view(torch.float32)[: step * row].view(step, row)
     whole = even * row // per_byte if even < rows else len(source)
     pieces = zip(

@@ -86,7 +86,7 @@ def quantize_packed_cpu(
 ) -> Tensor:
     """The definition in one pass: 4 bits without a tensor of codes; 8 bits are codes already."""
     if bits == 4 and x.numel():
-        packed = advise_huge_pages(torch.empty((x.numel() + 1) // 2, dtype=torch.uint8))
+        packed = advise_huge_pages(torch.empty((x.numel() + 1) // 2, dtype=torch.uint8, device="cpu"))
         low, high = quant_range(bits, symmetric)
         zero = None if zero_point is None else torch.round(zero_point.detach().to(torch.float32)).contiguous()
         steps = scale.detach().to(torch.float32).contiguous()

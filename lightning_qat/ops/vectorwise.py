@@ -191,7 +191,7 @@ def vectorwise_quantize_cpu(x: Tensor, threshold: float) -> tuple[Tensor, Tensor
     is_outlier = torch.zeros(columns, dtype=torch.bool, device="cpu")
     if x.numel() == 0:
         return codes, absmax, is_outlier
-    limit = torch.tensor(threshold, dtype=torch.float16).item()
+    limit = torch.tensor(threshold, dtype=torch.float16, device="cpu").item()
     if native.quantize(x.contiguous(), codes, absmax, is_outlier, limit if threshold > 0 else None):
         return _without(codes, is_outlier) if threshold > 0 else codes, absmax, is_outlier
     step = max(1, CHUNK // columns)
@@ -228,7 +228,7 @@ def vectorwise_fake_quantize_cpu(x: Tensor, threshold: float) -> Tensor:
     if native_affine.dequantize(codes, absmax, None, rows.shape[1], result, PER_CODE):
         return match_layout(_kept(rows, absmax, is_outlier, result).view(x.shape), x)
     step = max(1, CHUNK // rows.shape[1])
-    memory = torch.empty(min(step, len(rows)), rows.shape[1], dtype=torch.float32)
+    memory = torch.empty(min(step, len(rows)), rows.shape[1], dtype=torch.float32, device="cpu")
     for start in range(0, len(rows), step):
         part = slice(start, min(len(rows), start + step))
         values = memory[: part.stop - start].copy_(codes[part])

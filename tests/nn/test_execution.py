@@ -17,6 +17,8 @@ from lightning_qat.native.library import without_native
 from lightning_qat.native.linear_int8 import has_linear_int8
 from lightning_qat.nn import QuantizedLayer
 from lightning_qat.nn.conv import _QuantizedConv
+from lightning_qat.ops.bag_linear import bags_are_exact
+from lightning_qat.ops.digit_linear import digits_are_exact
 from lightning_qat.ops.integer_conv import conv_is_exact
 from lightning_qat.ops.integer_linear import linear_is_exact
 
@@ -347,6 +349,22 @@ def test_modes_that_see_operations_take_the_reference(preset):
         assert layer(x).shape == (3, 128)  # no kernel reads or writes address 0, none is kept that holds such
     with torch.no_grad():
         torch.testing.assert_close(make_fx(layer)(x)(2 * x), layer(2 * x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_dynamic_per_tensor", "int8_weight_only", "llm_int8", "w4a16", "nf4"])
+def test_the_default_device_does_not_matter(preset):
+    x = randn(20, 256)
+    layer = conversion(nn.Linear(256, 256), x, preset)
+    with torch.no_grad(), without_native():
+        expected = copy.deepcopy(layer)(x)
+        with torch.device("meta"):
+            for probe in (linear_is_exact, digits_are_exact, bags_are_exact):
+                probe.cache_clear()  # as where this is the first call of all
+            assert torch.equal(layer(x), expected)
+            assert torch.equal(layer(x[:1]), copy.deepcopy(layer)(x[:1]))
+            probed = linear_is_exact()
+    linear_is_exact.cache_clear()
+    assert probed == linear_is_exact()
 
 
 def test_codes_made_in_inference_mode_stay_on_the_reference(used):

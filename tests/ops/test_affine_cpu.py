@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tensors import DTYPES, batches, randn
 
 from lightning_qat import QuantizationConfig, fake_quantize, quantize
+from lightning_qat.native.library import without_native
 from lightning_qat.ops import affine
 from lightning_qat.ops.affine import choose_scale_zero_point, dequantize_affine, quantize_affine
 
@@ -113,3 +114,13 @@ def test_another_default_dtype_changes_nothing() -> None:
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
         assert torch.equal(a, e)
+
+
+def test_the_default_device_does_not_matter_without_a_compiler() -> None:
+    x, scale = randn(5, 70), torch.full((5,), 0.1)
+    with without_native():
+        codes = quantize_affine(x, scale, bits=8, symmetric=True, axis=0)
+        values = dequantize_affine(codes, scale, axis=0)
+        with torch.device("meta"):
+            assert torch.equal(quantize_affine(x, scale, bits=8, symmetric=True, axis=0), codes)
+            assert torch.equal(dequantize_affine(codes, scale, axis=0), values)
