@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native.bits import same_bits
 
 from lightning_qat.native import build, library
 from lightning_qat.native import fake_quantize as native
@@ -33,15 +34,6 @@ def _fine_grained(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all is equal, the sign of zeros too; one NaN is as good as another."""
-    if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
-        return False
-    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}[a.dtype]
-    nan = a.isnan()
-    return torch.equal(nan, b.isnan()) and torch.equal(a.view(bits)[~nan], b.view(bits)[~nan])
 
 
 @st.composite
