@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_qat.native.library import without_native
 from lightning_qat.ops.coordinate_descent import descend_block_op, reference_descend_block
-from lightning_qat.ops.gptq import nearest_level
+from lightning_qat.ops.gptq import nearest_level, values_of_levels
 
 
 def loss(weight: Tensor, values: Tensor, gram: Tensor) -> float:
@@ -67,7 +67,9 @@ def test_the_cpu_kernel_is_the_definition_up_to_the_order_of_sums(kind: str, cou
     torch.testing.assert_close(changes[:, same], expected[:, same], rtol=1e-4, atol=1e-5)
     rounded = nearest_level(values + changes, *steps, *levels)
     assert torch.equal(rounded[0], codes) or kind in ("nf4", "dynamic_tree")
-    torch.testing.assert_close(rounded[1], values + changes, rtol=1e-5, atol=1e-5)
+    # Not the nearest value: near zero the tree's lie closer than float32 knows the difference of two larger ones.
+    chosen = values_of_levels(codes, steps, levels)
+    assert float((chosen - (values + changes)).abs().max()) <= 2**-23 * float(values.abs().max())
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4"])
