@@ -164,6 +164,8 @@ def takes_integers(layer: QuantizedLayer, x: Tensor) -> bool:
         return False
     if x.dtype != layer.weight_dtype or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
         return False
+    if x.is_neg():  # in memory lies what is to be negated
+        return False
     bias: Any = layer.bias
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False

@@ -24,9 +24,12 @@ def takes_pieces(*tensors: Tensor | None) -> bool:
         return False
     plain = (Tensor, torch.nn.Parameter)
     wanted = torch.is_grad_enabled()
-    return all(
-        t is None or (type(t) in plain and t.device.type == "cpu" and not (wanted and t.requires_grad)) for t in tensors
-    )
+    return all(t is None or (type(t) in plain and _lies_here(t) and not (wanted and t.requires_grad)) for t in tensors)
+
+
+def _lies_here(t: Tensor) -> bool:
+    """Return whether the values are in this machine's memory as they are, and not the ones to be negated."""
+    return t.device.type == "cpu" and not t.is_neg()
 
 
 def run_of(x: Tensor, axis: int, group: int) -> int | None:

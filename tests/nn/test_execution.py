@@ -236,6 +236,7 @@ def test_calls_that_take_the_reference(used):
     assert layer(x[:0]).shape == (0, 4)
     assert torch.equal(torch.jit.trace(layer, x, check_trace=False)(x), reference(layer, x))
     torch.func.jvp(layer, (x,), (x,))
+    assert torch.equal(layer(torch._neg_view(x)), reference(layer, -x))
     with pytest.raises(RuntimeError):
         layer(x.double())
     with pytest.raises(RuntimeError):

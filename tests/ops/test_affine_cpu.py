@@ -124,3 +124,10 @@ def test_the_default_device_does_not_matter_without_a_compiler() -> None:
         with torch.device("meta"):
             assert torch.equal(quantize_affine(x, scale, bits=8, symmetric=True, axis=0), codes)
             assert torch.equal(dequantize_affine(codes, scale, axis=0), values)
+
+
+def test_values_that_are_to_be_negated() -> None:
+    x, codes, scale = randn(5, 70), torch.arange(-5, 5, dtype=torch.int8), torch.tensor(0.1)
+    kept = {"bits": 8, "symmetric": True}
+    assert torch.equal(quantize_affine(torch._neg_view(x), scale, **kept), quantize_affine(-x, scale, **kept))
+    assert torch.equal(dequantize_affine(codes, torch._neg_view(-scale)), dequantize_affine(codes, scale))
