@@ -5,6 +5,6 @@ what is computed: an op has its PyTorch definition, and a function of this room 
 over memory. Where there is no compiler, or ``LIGHTNING_QAT_NATIVE=0`` says so, the op's PyTorch path is taken.
 
 So a run that goes on where there is no compiler computes the same numbers, but for sums of floats, whose order is
-another: the gradients of learned scales, products of converted layers, losses. They agree to what float32 sums do, and
-each path by itself gives the same whatever the number of threads.
+another: the gradients of learned scales, products of converted layers, losses. They agree to what float32 sums do. The
+sums of this room's own kernels do not depend on the number of threads; PyTorch promises nothing of that for its own.
 """
