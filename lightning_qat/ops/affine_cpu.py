@@ -20,7 +20,9 @@ _ROUNDER = 1.5 * 2**23
 
 def takes_pieces(*tensors: Tensor | None) -> bool:
     """Return whether these are plain tensors on a CPU that nothing traces, transforms or differentiates."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
         return False
     plain = (Tensor, torch.nn.Parameter)
     wanted = torch.is_grad_enabled()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensors import DTYPES, batches, randn
+from torch._subclasses import FakeTensorMode
 
 from lightning_qat import QuantizationConfig, fake_quantize, quantize
 from lightning_qat.native.library import without_native
@@ -131,3 +132,11 @@ def test_values_that_are_to_be_negated() -> None:
     kept = {"bits": 8, "symmetric": True}
     assert torch.equal(quantize_affine(torch._neg_view(x), scale, **kept), quantize_affine(-x, scale, **kept))
     assert torch.equal(dequantize_affine(codes, torch._neg_view(-scale)), dequantize_affine(codes, scale))
+
+
+@pytest.mark.filterwarnings("error")
+def test_fake_memory_has_no_address_that_is_asked_for() -> None:
+    codes, scale = torch.ones(4096, 1024, dtype=torch.int8), torch.tensor(0.1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert dequantize_affine(codes, scale).shape == codes.shape
+        assert quantize_affine(codes.float(), scale, bits=8, symmetric=True).shape == codes.shape
