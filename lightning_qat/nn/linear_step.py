@@ -58,7 +58,7 @@ def linear_in_one_step(
         of_input: the input's quantizer, or None.
         of_weight: the weight's.
     """
-    if not _fits(x, weight, bias) or of_weight.kept is not None or not of_weight.quantizing:
+    if not _fits(x, weight, bias) or not of_weight.quantizing:
         return None
     if not _is_plain(of_weight, weight) or not (of_input is None or _is_plain(of_input, x)):
         return None
@@ -243,10 +243,23 @@ class _Weight(_Quantized):
         if self.covered and isinstance(quantizer.scheme, IntegerScheme) and self._format.symmetric:
             self._by_rows = quantizer.scheme
         self._quantizer: WeightQuantizer | None = quantizer
+        #: The fake-quantized weight, where it is kept between optimizer steps: in memory of its own.
+        self._kept: Tensor | None = None
+        if quantizer.kept is not None and not quantizer.learns_now:
+            with torch.no_grad():
+                found = quantizer.kept.get(quantizer, weight)
+            if found is not None:
+                _, self._kept, parameters = found
+                self.set_grid(weight, *parameters)
+
+    def values(self, x: Tensor) -> Tensor:
+        return super().values(x) if self._kept is None else self._kept
 
     def first_values(self, weight: Tensor) -> Tensor:
         quantizer: Any = self._quantizer
         self._quantizer = None
+        if self._kept is not None:
+            return self._kept
         made = None if self._by_rows is None else self._by_rows.fake_quantize_by_extremes(weight, self._format)
         if made is not None:
             values, scale = made

@@ -16,7 +16,15 @@ import lightning_qat as lq
 from lightning_qat.native.fake_quantize import has_kernels
 from lightning_qat.native.library import without_native
 from lightning_qat.nn import linear, linear_step
-from lightning_qat.transforms import Phase, apply_phase, calibrate, defer_ranges, prepare, update_ranges
+from lightning_qat.transforms import (
+    Phase,
+    apply_phase,
+    calibrate,
+    defer_ranges,
+    prepare,
+    update_ranges,
+)
+from lightning_qat.transforms.phase import keep_quantized_weights
 
 pytestmark = pytest.mark.skipif(not has_kernels(torch.empty(1)), reason="no C++ compiler")
 
@@ -194,6 +202,25 @@ def test_codes_give_the_gradients_of_kept_inputs(monkeypatch, far):
         x = randn(100, 64, seed=4).requires_grad_()
         model.train()(x).square().sum().backward()
         found.append({"x": x.grad, **{name: p.grad for name, p in model.named_parameters()}})
+    assert differing(*found) == []
+
+
+@pytest.mark.parametrize("name", ["int8", "asymmetric", "learned", "groups"])
+@pytest.mark.parametrize("phase", PHASES[:2], ids=["observing", "frozen"])
+def test_kept_weights_give_the_same(monkeypatch, name, phase):
+    taken = Mock(side_effect=linear_step._Linear.forward)
+    monkeypatch.setattr(linear_step._Linear, "forward", lambda *args: taken(*args))
+    found = []
+    for keep in (False, True):
+        taken.reset_mock()
+        model = prepare(network(), CONFIGS[name])
+        calibrate(model, [randn(5, 16)])
+        apply_phase(model, phase)
+        keep_quantized_weights(model.train(), keep)
+        for step in range(2):
+            model(randn(5, 16, seed=step)).square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        assert taken.call_count == (0 if "learned" in name and phase.frozen else 6)
     assert differing(*found) == []
 
 
