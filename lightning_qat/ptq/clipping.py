@@ -183,10 +183,10 @@ def _row_losses(errors: Tensor, gram: Tensor) -> Tensor:
 
 def _each_alone(weight: Tensor, gram: Tensor, fmt: TensorFormat, width: int, options: ClippingOptions) -> Tensor:
     """Return the best share of each group with no error anywhere else, flat."""
-    ranges, count = _Ranges(weight, fmt), weight.shape[1] // width
     at_once = _each_alone_at_once(weight, gram, fmt, width, options)
     if at_once is not None:
         return at_once
+    ranges, count = _Ranges(weight, fmt), weight.shape[1] // width
     blocks = torch.stack([gram[i * width : (i + 1) * width, i * width : (i + 1) * width] for i in range(count)])
     best = torch.full((len(weight), count), torch.inf, device=weight.device)
     share = torch.ones_like(best)
