@@ -17,7 +17,7 @@ from torch.profiler import profile
 
 from lightning_qat.config import PRESETS, QATConfig
 from lightning_qat.ops.workspace import release_workspace
-from lightning_qat.transforms import Phase, apply_phase, calibrate, prepare
+from lightning_qat.transforms import Phase, apply_phase, calibrate, defer_ranges, prepare, update_ranges
 
 from ._benchmark_networks import (
     BLOCKS,
@@ -29,6 +29,9 @@ from ._benchmark_networks import (
 )
 from ._benchmark_peers import silenced, told
 from ._timing import Results, Timing, compared
+
+#: Ranges move in the forward pass; in a Trainer, as in all other rows of ours, after the batch.
+_OWN_LOOP = "lightning_qat, observing, own loop"
 
 
 def train_step_group(rounds: int, batch: int = 64, sequences: int = 8) -> Results:
@@ -49,11 +52,15 @@ def _measured(name: str, model: nn.Module, inputs: Tensor, peers: dict[str, nn.M
     labels = torch.randint(0, 10, (len(inputs),))
     models: dict[str, nn.Module] = {"float": model}
     models["lightning_qat, observing"] = _prepared(model, inputs, "int8", Phase())
+    models[_OWN_LOOP] = _prepared(model, inputs, "int8", Phase())
     models["lightning_qat, frozen"] = _prepared(model, inputs, "int8", Phase(observing=False, frozen=True))
     learned = replace(PRESETS["int8"], learnable_step_size=True)
     models["lightning_qat, learned scales"] = _prepared(model, inputs, learned, Phase())
+    for who, prepared in models.items():
+        defer_ranges(prepared, who not in ("float", _OWN_LOOP))
+    steps = {who: _step(each, inputs, labels, who != "float") for who, each in models.items()}
     models |= peers
-    steps = {who: _step(model, inputs, labels) for who, model in models.items()}
+    steps |= {who: _step(peer, inputs, labels, False) for who, peer in peers.items()}
     kept = {who: _kept_bytes(model, inputs, labels) for who, model in models.items()}
     peak = {who: _peak_bytes(model, inputs, labels) for who, model in models.items()}
     timings = compared(f"train_step {name}", steps, rounds, baseline="float")
@@ -72,13 +79,15 @@ def _prepared(model: nn.Module, images: Tensor, config: str | QATConfig, phase: 
     return prepared.train()
 
 
-def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def _step(model: nn.Module, images: Tensor, labels: Tensor, ours: bool) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def step() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
+        if ours:
+            update_ranges(model)  # as a Trainer's callback does after each batch
 
     return step
 
