@@ -10,22 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.native.library import Family, threads_for
+from lightning_qat.native.library import FloatFamily, threads_for
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_FAMILY = Family(
-    "affine",
-    {
-        f"{name}_{dtype}": letters
-        for dtype in _NAMES.values()
-        for name, letters in {"quantize": "pppqpqffiii", "dequantize": "pippqfpqi"}.items()
-    },
-)
+_FAMILY = FloatFamily("affine", {"quantize": "pppqpqffiii", "dequantize": "pippqfpqi"})
 
 
 def _find(name: str, x: Tensor) -> Any:
-    functions, dtype = _FAMILY.functions(), _NAMES.get(x.dtype)
-    return None if functions is None or dtype is None or not x.numel() else getattr(functions, f"{name}_{dtype}")
+    return _FAMILY.of(name, x.dtype) if x.numel() else None
 
 
 def _address(zero: Tensor | None) -> int:

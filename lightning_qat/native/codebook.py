@@ -9,28 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_qat.native.library import Family, threads_for
+from lightning_qat.native.library import FloatFamily, threads_for
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _RULE = "ppppiiifi"
-_FAMILY = Family(
+_FAMILY = FloatFamily(
     "codebook",
     {
-        f"{name}_{dtype}": letters
-        for dtype in _DTYPES
-        for name, letters in {
-            "absmax": "ppqqfi",
-            "quantize": f"ppppqq{_RULE}i",
-            "fake_quantize": f"ppppqq{_RULE}i",
-            "gradient": "ppppqqi",
-            "draw": f"pppppqq{_RULE}i",
-        }.items()
+        "absmax": "ppqqfi",
+        "quantize": f"ppppqq{_RULE}i",
+        "fake_quantize": f"ppppqq{_RULE}i",
+        "gradient": "ppppqqi",
+        "draw": f"pppppqq{_RULE}i",
     },
 )
-_NAMES = {getattr(torch, name): name for name in _DTYPES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +60,7 @@ class Rule:
 
 
 def _find(name: str, x: Tensor) -> Any:
-    functions, dtype = _FAMILY.functions(), _NAMES.get(x.dtype)
-    return None if functions is None or dtype is None or not x.numel() else getattr(functions, f"{name}_{dtype}")
+    return _FAMILY.of(name, x.dtype) if x.numel() else None
 
 
 def block_absmax(flat: Tensor, out: Tensor, block_size: int, least: float) -> bool:

@@ -12,29 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qat.native.library import Family, threads_for
+from lightning_qat.native.library import FloatFamily, threads_for
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _GRID = "ppiff"
-_FAMILY = Family(
+_FAMILY = FloatFamily(
     "fake_quantize",
     {
-        f"{name}_{dtype}": letters
-        for dtype in _DTYPES
-        for name, letters in {
-            "quantize": f"ppqqq{_GRID}i",
-            "input_gradient": f"pppqqq{_GRID}i",
-            "learn": f"ppppqqq{_GRID}pi",
-            "observe": f"ppq{_GRID}pi",
-            "quantize_input": f"pppq{_GRID}ppqpi",
-            "values_of_codes": f"ppq{_GRID}i",
-            "quantize_by_absmax": "ppqqpfffi",
-            "row_extremes": "pqqppi",
-        }.items()
+        "quantize": f"ppqqq{_GRID}i",
+        "input_gradient": f"pppqqq{_GRID}i",
+        "learn": f"ppppqqq{_GRID}pi",
+        "observe": f"ppq{_GRID}pi",
+        "quantize_input": f"pppq{_GRID}ppqpi",
+        "values_of_codes": f"ppq{_GRID}i",
+        "quantize_by_absmax": "ppqqpfffi",
+        "row_extremes": "pqqppi",
     },
 )
 
-_NAMES = {(name.rpartition("_")[0], getattr(torch, name.rpartition("_")[2])): name for name in _FAMILY.signatures}
 _ZERO_KINDS = {torch.float32: 1, torch.int32: 2}
 #: Elements of a sum's pieces where there is one scale, as in the source.
 _PIECE = 16_384
@@ -46,8 +40,7 @@ Layout = tuple[int, int, int]
 
 
 def _find(name: str, x: Tensor) -> Any:
-    functions, full_name = _FAMILY.functions(), _NAMES.get((name, x.dtype))
-    return None if functions is None or full_name is None else getattr(functions, full_name)
+    return _FAMILY.of(name, x.dtype)
 
 
 def _parameters(scale: Tensor, zero_point: Tensor | None) -> tuple[int, int, int] | None:

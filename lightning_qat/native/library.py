@@ -102,6 +102,28 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
+class FloatFamily(Family):
+    """A family with every function in float32, bfloat16 and, where the compiler has it, float16.
+
+    Args:
+        name: of the source file.
+        signatures: name of each function, without the dtype it ends in -> letters of its arguments.
+    """
+
+    def __init__(self, name: str, signatures: dict[str, str]) -> None:
+        self._names = {
+            (function, dtype): f"{function}_{str(dtype).removeprefix('torch.')}"
+            for function in signatures
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        }
+        super().__init__(name, {full: signatures[function] for (function, _), full in self._names.items()})
+
+    def of(self, function: str, dtype: torch.dtype) -> Any:
+        """Return a function for ``dtype``, or None where there is none to use."""
+        functions, full_name = self.functions(), self._names.get((function, dtype))
+        return None if functions is None or full_name is None else getattr(functions, full_name)
+
+
 def _function(library: ctypes.CDLL, name: str, letters: str) -> Any:
     """Return a function of ``library``; None where it has none of this name, as for dtypes the compiler lacks."""
     function = getattr(library, name, None)

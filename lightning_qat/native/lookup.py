@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lightning_qat.native.library import Family, threads_for
+from lightning_qat.native.library import FloatFamily, threads_for
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_FAMILY = Family("lookup", {f"{what}_{name}": "ppppqpqi" for what in ("values", "pairs") for name in _NAMES.values()})
+_FAMILY = FloatFamily("lookup", {"values": "ppppqpqi", "pairs": "ppppqpqi"})
 
 
 def write_lookups(
@@ -24,11 +22,8 @@ def write_lookups(
         run: consecutive elements that share a scale, of any number.
         result: contiguous, not empty.
     """
-    functions, name = _FAMILY.functions(), _NAMES.get(result.dtype)
-    if functions is None or name is None or not result.is_cpu:
-        return False
-    function = getattr(functions, f"{'values' if table.element_size() == 4 else 'pairs'}_{name}")
-    if function is None:
+    function = _FAMILY.of("values" if table.element_size() == 4 else "pairs", result.dtype)
+    if function is None or not result.is_cpu:
         return False
     zero = 0 if zero_point is None else zero_point.data_ptr()
     addresses = table.data_ptr(), stored.data_ptr(), scale.data_ptr(), zero

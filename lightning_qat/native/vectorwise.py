@@ -10,22 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.native.library import Family, threads_for
+from lightning_qat.native.library import FloatFamily, threads_for
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_FAMILY = Family(
-    "vectorwise",
-    {
-        f"{name}_{dtype}": letters
-        for dtype in _NAMES.values()
-        for name, letters in {"quantize": "pppqqpfpi", "codes": "pppqqi"}.items()
-    },
-)
+_FAMILY = FloatFamily("vectorwise", {"quantize": "pppqqpfpi", "codes": "pppqqi"})
 
 
 def _find(name: str, x: Tensor) -> Any:
-    functions, dtype = _FAMILY.functions(), _NAMES.get(x.dtype)
-    return None if functions is None or dtype is None or not x.numel() else getattr(functions, f"{name}_{dtype}")
+    return _FAMILY.of(name, x.dtype) if x.numel() else None
 
 
 def quantize(x: Tensor, codes: Tensor, absmax: Tensor, is_outlier: Tensor, limit: float | None) -> bool:
