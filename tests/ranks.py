@@ -14,6 +14,7 @@ import torch
 from classifier import Classifier, data, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from synced_norm import SumsByGloo, synced_on_cpu
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
@@ -73,6 +74,36 @@ class Sharded(Plain):
 
     def phase(self):
         return None
+
+
+class Normed(Classifier):
+    """BatchNorm after convolutions and after a Linear; keeps the outputs of training."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(6)
+        self.deep, self.deep_bn = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.wide, self.wide_bn = nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 2)
+        self.outputs = []
+
+    def forward(self, x):
+        x = F.relu(self.deep_bn(self.deep(F.relu(self.bn(self.conv(x))))))
+        x = self.head(F.relu(self.wide_bn(self.wide(x.mean((2, 3))))))
+        if self.training:
+            self.outputs.append(x.detach().clone())
+        return x
+
+
+class Gradients(L.Callback):
+    """Keeps the gradients that every step is taken with."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        found = {name: p.grad for name, p in pl_module.named_parameters()}
+        self.steps.append({name: None if grad is None else grad.clone() for name, grad in found.items()})
 
 
 class Recorder(L.Callback):
@@ -160,6 +191,33 @@ def fixed_data(folder, world, rank):
     return fit(folder, world, rank, Plain(), [qat, lq.LearnedScales(of_data=False)])[0]
 
 
+def synced_norms(folder, world, rank):
+    """In float, to prove the stand-in; then quantized, with ranges and with learned scales."""
+    learned = lq.QATConfig("int8", per_channel=True, learnable_step_size=True)
+    runs = {
+        "float": [],
+        "ranges": int8(start_step=1, freeze_step=6),
+        "uncalibrated": [lq.QuantizationAwareTraining("int8", calibration_batches=0, certify=False)],
+        "still": [lq.QuantizationAwareTraining("int8"), lq.BatchNormFolding(freeze_step=5)],
+        "learned": [lq.QuantizationAwareTraining(learned, calibration_batches=2, certify=False, start_step=1)],
+    }
+    with synced_on_cpu():
+        return {name: _synced(folder, world, rank, name, callbacks) for name, callbacks in runs.items()}
+
+
+def _synced(folder, world, rank, name, callbacks):
+    module, gradients, calls = Normed(), Gradients(), SumsByGloo.calls
+    by_hand = name == "uncalibrated"  # else Lightning does it, in the prepared module, and undoes it in the end
+    if by_hand and world > 1:
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    result, _ = fit(folder, world, rank, module, [*callbacks, gradients], sync_batchnorm=not by_hand)
+    result |= {"gradients": gradients.steps, "outputs": module.outputs, "synced": SumsByGloo.calls - calls}
+    if callbacks:
+        result["folds"] = {n: layer.weight_quantizer.folded_norm for n, layer in qat_layers(module)}
+        result["converted"] = whole(lq.convert(module).state_dict())
+    return result
+
+
 def branches(folder, world, rank):
     strategy = DDPStrategy(find_unused_parameters=True)
     return fit(folder, world, rank, Branches(), int8(), strategy)[0]
@@ -210,7 +268,8 @@ def other_layers(folder, world, rank):
             ((name, layer.input_quantizer) for name, layer in qat_layers(model))}  # fmt: skip
 
 
-SCENARIOS = (ddp, uncalibrated, accumulating, deciding, fixed_data, branches, fsdp, calibration, other_layers)
+SCENARIOS = (ddp, uncalibrated, accumulating, deciding, fixed_data, synced_norms, branches, fsdp, calibration,
+             other_layers)  # fmt: skip
 
 
 def run_two(folder):

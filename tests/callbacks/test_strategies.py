@@ -3,7 +3,6 @@
 import pytest
 import ranks
 import torch
-from classifier import Classifier, loader, trainer
 from torch import nn
 
 import lightning_qat as lq
@@ -11,6 +10,9 @@ from lightning_qat.transforms.prepare import qat_layers
 from lightning_qat.transforms.ranges import defer_ranges, update_ranges
 
 pytestmark = pytest.mark.slow
+
+#: Of runs with BatchNorm: a bias before one has no gradient but rounding, and steps add it up.
+NOISE = 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,11 @@ def assert_same_bits(one, other):
         assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
 
 
-def assert_rounding_apart(two, one):
+def assert_rounding_apart(two, one, atol=1e-6):
     """Gradients summed over ranks are rounded otherwise; that is all that may differ: scales by an ulp or two."""
     for key, value in two.items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(value, one[key], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(value, one[key], rtol=1e-5, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
         else:
             assert value == one[key], key
 
@@ -116,21 +118,49 @@ def test_fsdp2_is_one_process_and_its_checkpoint_converts(tmp_path, two, folder)
     assert lq.convert(module).last.weight_format.bits == 4
 
 
-def test_sync_batchnorm_is_folded_as_batchnorm(tmp_path):
-    """What ``Trainer(sync_batchnorm=True)`` does to a prepared module; torch trains it across ranks on GPUs only."""
-    codes = []
-    for convert_norms in (False, True):
-        module = Classifier()
-        lq.prepare(module, "int8")
-        if convert_norms:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-            assert isinstance(module.bn, nn.SyncBatchNorm)
-        trainer(tmp_path, [lq.QuantizationAwareTraining("int8", freeze_step=4)]).fit(module, loader())
-        assert module.conv.weight_quantizer.folded_norm == "bn"
-        converted = lq.convert(module)
-        assert isinstance(converted.bn, lq.nn.FoldedBatchNorm)
-        codes.append(converted.conv.codes)
-    assert torch.equal(*codes)
+@pytest.fixture(scope="module")
+def normed(two, tmp_path_factory):
+    """Each rank's runs with SyncBatchNorm, and those of one rank with BatchNorm and twice the batch."""
+    return (*(rank["synced_norms"] for rank in two), ranks.synced_norms(tmp_path_factory.mktemp("alone"), 1, 0))
+
+
+def test_the_stand_in_for_syncbatchnorm_is_batchnorm_of_both_ranks_batches(normed):
+    first, second, alone = (runs["float"] for runs in normed)
+    assert first["synced"] == second["synced"] == 3 * 8  # norms and steps
+    assert alone["synced"] == 0
+    assert_same_bits(first["state"], second["state"])
+    assert_normed_as_one_rank(first, second, alone)
+    assert first["state"]["bn.running_var"].ne(1).all()
+
+
+@pytest.mark.parametrize(("run", "steps"), [("ranges", 6), ("uncalibrated", 8), ("still", 5), ("learned", 8)])
+def test_ranks_with_syncbatchnorm_are_one_rank_with_twice_the_batch(normed, run, steps):
+    """``freeze_step`` and ``BatchNormFolding`` let the statistics stand still: from then on nothing is synchronized."""
+    first, second, alone = (runs[run] for runs in normed)
+    assert first["synced"] == second["synced"] == 3 * steps
+    for mine, theirs in zip(first["steps"], second["steps"], strict=True):
+        assert_same_bits(mine, theirs)
+    for part in ("state", "converted"):
+        assert_same_bits(first[part], second[part])
+    assert_normed_as_one_rank(first, second, alone)
+    assert len({step["head.weight"][0].item() for step in first["steps"]}) > 4  # the scales did move
+    assert first["folds"] == alone["folds"] == {"conv": "bn", "deep": "deep_bn", "wide": "wide_bn", "head": ""}
+    for layer in first["folds"]:
+        name = f"{layer}.weight_packed"
+        assert torch.equal(first["converted"][name], alone["converted"][name]), layer
+    assert_rounding_apart(first["converted"], alone["converted"], NOISE)
+    assert not any(name.startswith(("bn.", "deep_bn.", "wide_bn.")) for name in first["converted"])
+
+
+def assert_normed_as_one_rank(first, second, alone):
+    assert len(first["gradients"]) == len(alone["gradients"]) == len(alone["outputs"]) == 8
+    for i, both in enumerate(alone["outputs"]):
+        for rank, mine in enumerate((first, second)):
+            torch.testing.assert_close(mine["outputs"][i], both[rank::2], rtol=1e-5, atol=NOISE)
+    for name in ("steps", "gradients"):
+        for mine, theirs in zip(first[name], alone[name], strict=True):
+            assert_rounding_apart(mine, theirs, NOISE)
+    assert_rounding_apart(first["state"], alone["state"], NOISE)
 
 
 def test_a_checkpoint_in_the_middle_of_a_batch_holds_what_the_batch_showed():
