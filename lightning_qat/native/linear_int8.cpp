@@ -258,16 +258,39 @@ extern "C" void linear_int8_vectors(int32_t* found) {
 #endif
 }
 
-// Both at once, for few tokens on the grids of their ranges: `scratch` holds a scale and the codes of each token.
-extern "C" void linear_of_range(const float* x, int64_t tokens, int64_t columns, float quant_min, float quant_max,
-                                float divisor, int32_t per_token, const int8_t* weight, int64_t rows,
-                                const int32_t* sums, const float* weight_scale, int64_t weight_scales,
-                                const float* bias, void* scratch, float* out, int32_t threads) {
-  auto* scale = static_cast<float*>(scratch);
-  auto* codes = reinterpret_cast<uint8_t*>(scale + tokens);
-  int32_t zero = 128;
-  if (per_token) linear_quantize_tokens(x, tokens, columns, quant_min, quant_max, divisor, scale, codes, 1);
-  else linear_quantize_tensor(x, tokens * columns, quant_min, quant_max, divisor, scale, &zero, codes, 1);
-  linear_multiply(codes, tokens, columns, weight, rows, sums, weight_scale, weight_scales, scale, &zero, per_token, bias,
-                  out, threads);
+namespace {
+
+constexpr int64_t kMostOnStack = 48 * 1024;
+
+// What stays the same from call to call, as native/linear_int8.py fills it in.
+struct Prepared {
+  int64_t columns, rows;
+  const int8_t* weight;
+  const int32_t* sums;
+  const float* weight_scale;
+  int64_t weight_scales;
+  float quant_min, quant_max, divisor, scale;  // relative to the zero point where the grid is given
+  int32_t zero, grid;                          // 0: given, 1: of the range of all, 2: of each token's range
+};
+
+}  // namespace
+
+// Quantization and product at once, for few tokens. `scratch` holds a scale and the codes of each token; where they
+// fit on the stack it is not asked for.
+extern "C" void linear_of_tokens(const float* x, int64_t tokens, const void* prepared, const float* bias, void* scratch,
+                                 float* out, int32_t threads) {
+  const auto& p = *static_cast<const Prepared*>(prepared);
+  alignas(64) uint8_t held[kMostOnStack + 4];  // the scales begin at a multiple of four
+  if (tokens * (p.columns + 4) <= kMostOnStack) scratch = held;
+  auto* codes = static_cast<uint8_t*>(scratch);
+  auto* scale = reinterpret_cast<float*>(codes + (tokens * p.columns + 3) / 4 * 4);
+  int32_t zero = p.zero;
+  *scale = p.scale;
+  if (p.grid == 0) to_codes(x, tokens * p.columns, p.scale, zero, p.quant_min, p.quant_max, codes);
+  if (p.grid == 1)
+    linear_quantize_tensor(x, tokens * p.columns, p.quant_min, p.quant_max, p.divisor, scale, &zero, codes, 1);
+  if (p.grid == 2)
+    linear_quantize_tokens(x, tokens, p.columns, p.quant_min, p.quant_max, p.divisor, scale, codes, 1);
+  linear_multiply(codes, tokens, p.columns, p.weight, p.rows, p.sums, p.weight_scale, p.weight_scales, scale, &zero,
+                  p.grid == 2, bias, out, threads);
 }

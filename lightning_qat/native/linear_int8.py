@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import byref, c_float, c_int32
+from ctypes import Structure, addressof, byref, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ _FAMILY = Family(
         "linear_quantize_tensor": "pqfffpppi",
         "linear_quantize_tokens": "pqqfffppi",
         "linear_multiply": "pqqpqppqppippi",
-        "linear_of_range": "pqqfffipqppqpppi",
+        "linear_of_tokens": "pqppppi",
         "linear_int8_vectors": "p",
     },
 )
@@ -138,28 +138,88 @@ def multiply_codes_native(
     return out
 
 
-def linear_of_range(
-    x: Tensor,
-    quant_min: int,
-    quant_max: int,
-    divisor: float,
-    weight: Tensor,
-    sums: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    *,
-    per_token: bool,
-) -> Tensor | None:
-    """Return what :func:`multiply_codes_native` makes of :func:`quantize_by_range`, in one call."""
-    functions = _FAMILY.functions()
-    if functions is None:
-        return None
-    (tokens, columns), rows = x.shape, weight.shape[0]
-    # Not torch.empty, whose memory is on the default device.
-    scratch, out = x.new_empty(tokens * (columns + 4), dtype=torch.uint8), x.new_empty((tokens, rows))
-    functions.linear_of_range(
-        x.data_ptr(), tokens, columns, quant_min, quant_max, divisor, per_token, weight.data_ptr(), rows,
-        sums.data_ptr(), weight_scale.data_ptr(), weight_scale.numel(), None if bias is None else bias.data_ptr(),
-        scratch.data_ptr(), out.data_ptr(), threads_for(weight.numel()),
-    )  # fmt: skip
-    return out
+#: What :class:`TokenProduct` takes the grid of its input from: a calibrated one, the range of all, of each token.
+GIVEN, OF_TENSOR, OF_TOKENS = range(3)
+
+#: Bytes up to which codes and scales of the tokens lie on the stack, as in the source.
+_MOST_ON_STACK = 48 * 1024
+
+
+class _Prepared(Structure):
+    """As in the source."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("columns", "rows")),
+        *((name, c_void_p) for name in ("weight", "sums", "weight_scale")),
+        ("weight_scales", c_int64),
+        *((name, c_float) for name in ("quant_min", "quant_max", "divisor", "scale")),
+        *((name, c_int32) for name in ("zero", "grid")),
+    )
+
+
+class TokenProduct:
+    """What :func:`multiply_codes_native` makes of the codes of a few tokens, quantized in the same call.
+
+    What does not change is looked up once: beside a weight that fills the cache, Python runs three times as long as it
+    does alone. A layer of 4096 x 4096, one token, two cores: 0.49 ms with everything looked up in each call, 0.44 so.
+
+    Args:
+        weight: contiguous int8, ``[rows, columns]``; not to be changed, nor are the tensors below.
+        sums: of its rows, int32.
+        weight_scale: contiguous float32, one element or ``[rows]``.
+        grid: ``GIVEN``, ``OF_TENSOR`` or ``OF_TOKENS``.
+        quant_min: smallest code of the input; negative ones are those of symmetric grids, and are shifted by 128.
+            For a given grid less the zero point.
+        quant_max: largest code, likewise.
+        divisor: what a symmetric range is divided by for its scale.
+        scale: of a given grid.
+        zero_point: of a given grid.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        sums: Tensor,
+        weight_scale: Tensor,
+        grid: int,
+        quant_min: int,
+        quant_max: int,
+        *,
+        divisor: float = 1.0,
+        scale: float = 1.0,
+        zero_point: int = 128,
+    ) -> None:
+        self.rows, self.columns = weight.shape
+        self._elements = weight.numel()
+        self._held = (weight, sums, weight_scale)
+        self._prepared = _Prepared(
+            self.columns, self.rows, *(tensor.data_ptr() for tensor in self._held), weight_scale.numel(),
+            quant_min, quant_max, divisor, scale, zero_point, grid,
+        )  # fmt: skip
+        self._address = addressof(self._prepared)
+        #: What results are made like, by the number of tokens.
+        self._outputs: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor, tokens: int, bias: Tensor | None) -> Tensor | None:
+        """Return float32 ``[tokens, rows]``, or None where there is no kernel.
+
+        Args:
+            x: contiguous float32, ``tokens * columns`` elements, not empty.
+            tokens: how many.
+            bias: contiguous float32, ``[rows]``, or None.
+        """
+        functions = _FAMILY.functions()
+        if functions is None:
+            return None
+        like = self._outputs.get(tokens)
+        if like is None:
+            # Not torch.empty, whose memory is on the default device; and empty_like takes half the time of new_empty.
+            like = self._outputs[tokens] = x.new_empty((tokens, self.rows))
+        out, scratch = torch.empty_like(like), None
+        if tokens * (self.columns + 4) > _MOST_ON_STACK:
+            scratch = x.new_empty(tokens * (self.columns + 4) + 4, dtype=torch.uint8)
+        functions.linear_of_tokens(
+            x.data_ptr(), tokens, self._address, None if bias is None else bias.data_ptr(),
+            None if scratch is None else scratch.data_ptr(), out.data_ptr(), threads_for(self._elements),
+        )  # fmt: skip
+        return out

@@ -154,7 +154,7 @@ def _input_reason(fmt: TensorFormat) -> str | None:
 
 def takes_integers(layer: QuantizedLayer, x: Tensor) -> bool:
     """Return whether this call can go to an integer kernel, if the layer has one."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
         return False
     if type(x) is RegionTensor:  # of a layer that asked all this
         return layer.weight_dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -162,16 +162,17 @@ def takes_integers(layer: QuantizedLayer, x: Tensor) -> bool:
         return False
     if torch._C._functorch.maybe_current_level() is not None:  # under vmap and its kin
         return False
-    if x.dtype != layer.weight_dtype or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
+    if x.dtype != layer.weight_dtype or not x.is_cpu or x.layout != torch.strided or not x.numel():
         return False
     if x.is_neg():  # in memory lies what is to be negated
         return False
-    bias: Any = layer.bias
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled():
+        bias: Any = layer.bias
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return False
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         return False
-    if forward_ad.unpack_dual(x).tangent is not None:
-        return False
-    return not torch.is_autocast_enabled("cpu")
+    return not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"))
 
 
 def weight_values(layer: QuantizedLayer) -> Tensor:

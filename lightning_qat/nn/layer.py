@@ -168,7 +168,9 @@ class QuantizedLayer(_Adopting, KeepsDtype):
 
     def arranged_input(self, x: Tensor) -> Tensor:
         """Return ``x`` as the columns of the weight multiply it, in float."""
-        return arranged(x, self.input_order, self.input_factor)
+        buffers = self._buffers  # found without asking for an attribute, which costs a small layer its time
+        order, factor = buffers["input_order"], buffers["input_factor"]
+        return x if order is None and factor is None else arranged(x, order, factor)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return ``x`` as the layer computes with it: arranged, on the grid that it was trained with."""

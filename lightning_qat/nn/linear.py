@@ -73,10 +73,12 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     float_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        input = self.arranged_input(settled(input))
-        kernel = self._on_gpu() if takes_triton(self, input) else self._kernel(input)
+        # After a large weight has passed through the cache, each function that is called here costs microseconds.
+        input = self.arranged_input(input if type(input) is Tensor else settled(input))
+        kernel = self._on_gpu() if input.is_cuda and takes_triton(self, input) else self._kernel(input)
         if kernel is not None:
-            return kernel(input, self.bias)
+            bias = self._parameters.get("bias")
+            return kernel(input, self.bias if bias is None else bias)
         if takes_ops(self, input):
             return linear_by_ops(self, input, self.bias)
         input, fmt = self.on_grid(input), self.weight_format
@@ -141,9 +143,12 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         kernel: Any = self.kernel_cache.get(self, (has_linear_int8(),), self._build_kernel)
         if kernel is None:
             return None
+        exact = self.input_format is not None and linear_is_exact()
+        if exact:
+            return kernel
         tokens = x.numel() // x.shape[-1]
         if self.input_format is not None:
-            return kernel if linear_is_exact() or tokens <= few_rows(self.weight_shape.numel()) else None
+            return kernel if tokens <= few_rows(self.weight_shape.numel()) else None
         if type(kernel) is not FewTokens:
             return kernel if self._takes_more(x, tokens) else None
         if tokens <= kernel.most:

@@ -74,7 +74,7 @@ def _product(layer: QuantizedLayer) -> str | None:
 
 def takes_triton(layer: QuantizedLayer, x: Tensor) -> bool:
     """Return whether this call can go to a kernel on a GPU, if the layer has one."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return False

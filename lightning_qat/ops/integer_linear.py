@@ -18,9 +18,12 @@ from torch import Tensor
 
 from lightning_qat.native.library import without_native
 from lightning_qat.native.linear_int8 import (
+    GIVEN,
+    OF_TENSOR,
+    OF_TOKENS,
+    TokenProduct,
     has_linear_int8,
     linear_int8_is_fast,
-    linear_of_range,
     multiply_codes_native,
     quantize_by_range,
     quantize_unsigned_native,
@@ -92,14 +95,15 @@ def quantize_unsigned(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
         if quantize_unsigned_native(x, result, value, codes.zero_point, codes.low, codes.high):
             return result
     if x.numel() <= 2 * _BLOCK_ELEMENTS:
-        return _round(torch.div(x.to(torch.float32), scale), codes).to(torch.uint8).add_(codes.zero_point % 256)
+        ratio = torch.div(x.to(torch.float32), scale)
+        return _round(ratio, codes, x.dtype).to(torch.uint8).add_(codes.zero_point % 256)
     result = torch.empty_like(x, dtype=torch.uint8)
     out, (values,) = view_channels(result, (x,), NO_AXIS, x.shape[-1] if scale.numel() > 1 else NO_GROUP)
     step, scratch = scale.reshape(-1, 1), empty_scratch(out, _BLOCK_ELEMENTS)
     for block in channel_blocks(out.shape, _BLOCK_ELEMENTS):
         target = out[block]
         ratio = view_scratch(scratch, target).copy_(values[block]).div_(step[block[1]])
-        target.copy_(_round(ratio, codes)).add_(codes.zero_point % 256)
+        target.copy_(_round(ratio, codes, x.dtype)).add_(codes.zero_point % 256)
     return result
 
 
@@ -110,10 +114,16 @@ def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def _round(ratio: Tensor, codes: CodeRange) -> Tensor:
-    """Return integers whose lowest byte is the code less the zero point; works in ``ratio``."""
-    ratio.clamp_(codes.low - codes.zero_point, codes.high - codes.zero_point).add_(_ROUNDER)
-    return ratio.view(torch.int32)
+def _round(ratio: Tensor, codes: CodeRange, dtype: torch.dtype) -> Tensor:
+    """Return integers whose lowest byte is the code less the zero point; works in ``ratio``, made from ``dtype``."""
+    ratio.clamp_(codes.low - codes.zero_point, codes.high - codes.zero_point)
+    if dtype == torch.float16:
+        ratio.nan_to_num_(0.0)  # PyTorch makes of some a NaN with every bit set
+    return ratio.add_(_ROUNDER).view(torch.int32)
+
+
+#: ``GIVEN``, smallest and largest code less the zero point, scale, zero point; or the kind of range, bits, symmetric.
+_Grid = tuple[int, int, int, float, int] | tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ class LinearWeight:
         #: Rows of an input that are few.
         self.few = few_rows(codes.numel()) if few else 0
         self.codes: Any = codes if self.few else None
+        self._products: dict[_Grid, TokenProduct] = {}
         if not self.few:
             self.packed = _prepack(codes)
 
@@ -157,6 +168,30 @@ class LinearWeight:
     def takes(self, x: Tensor, rows: int) -> bool:
         """Return whether ``x``, of so many rows, is multiplied by the weight as it is."""
         return rows <= self.few and type(x) is Tensor and has_linear_int8()
+
+    def of_few(self, x: Tensor, grid: _Grid, bias: Tensor | None) -> Tensor | None:
+        """Return ``x @ weight.T + bias`` with ``x`` on ``grid``, in its dtype; None where ``x`` is not a few tokens."""
+        count = x.numel()
+        if not count or type(x) is not Tensor:
+            return None
+        columns = x.shape[-1]
+        tokens = count // columns
+        if tokens > self.few:
+            return None
+        product = self._products.get(grid)
+        if product is None:
+            # Those of a few bits are those of a layer; a grid that changes from call to call is not kept.
+            product = _product(self, grid)
+            self._products = {grid: product}
+        if tokens * product.columns != count:
+            return None
+        # Each operation that changes nothing costs its call.
+        shift = bias if bias is None or bias.dtype == torch.float32 else bias.to(torch.float32)
+        result = product(_plain(x), tokens, shift if shift is None or shift.is_contiguous() else shift.contiguous())
+        if result is None:
+            return None
+        result = result if x.dim() == 2 else result.view(*x.shape[:-1], product.rows)
+        return result if x.dtype == torch.float32 else result.to(x.dtype)
 
 
 def _prepack(codes: Tensor) -> Tensor:
@@ -198,6 +233,10 @@ def integer_linear(
         bias: ``[out_features]`` or None.
         scale_value: ``scale`` as a number, which the caller keeps so that no call has to read it.
     """
+    low, high = codes.low - codes.zero_point, codes.high - codes.zero_point
+    few = weight.of_few(x, (GIVEN, low, high, scale_value, codes.zero_point), bias)
+    if few is not None:
+        return few
     rows = quantize_unsigned(x.reshape(-1, x.shape[-1]), scale, codes)
     result = multiply_codes(
         rows, scale_value, codes.zero_point, weight, None if bias is None else bias.to(torch.float32)
@@ -219,7 +258,7 @@ def integer_linear_per_tensor(
         weight: of :func:`pack_linear`.
         bias: ``[out_features]`` or None.
     """
-    few = _few_of_range(x, bits, weight, bias, symmetric=symmetric, per_token=False)
+    few = weight.of_few(x, (OF_TENSOR, bits, symmetric), bias)
     if few is not None:
         return few
     found = _by_range(x, bits, symmetric=symmetric, per_token=False)
@@ -244,7 +283,7 @@ def integer_linear_per_token(x: Tensor, bits: int, weight: LinearWeight, bias: T
         weight: of :func:`pack_linear`.
         bias: ``[out_features]`` or None.
     """
-    few = _few_of_range(x, bits, weight, bias, symmetric=True, per_token=True)
+    few = weight.of_few(x, (OF_TOKENS, bits, True), bias)
     if few is not None:
         return few
     found = _by_range(x, bits, symmetric=True, per_token=True)
@@ -262,15 +301,13 @@ def integer_linear_per_token(x: Tensor, bits: int, weight: LinearWeight, bias: T
     return result.view(*x.shape[:-1], result.shape[-1]).to(x.dtype)
 
 
-def _few_of_range(
-    x: Tensor, bits: int, weight: LinearWeight, bias: Tensor | None, *, symmetric: bool, per_token: bool
-) -> Tensor | None:
-    """Return the output of few tokens on the grids of their ranges, or None where they are no such."""
-    if not x.numel() or not weight.takes(x, x.numel() // x.shape[-1]):
-        return None
-    held: Any = (weight.codes, weight.sums, weight.scale, None if bias is None else _plain(bias))
-    result: Any = linear_of_range(_rows(x), *_grid(bits, symmetric), *held, per_token=per_token)
-    return _as_input(result, x)
+def _product(weight: LinearWeight, grid: _Grid) -> TokenProduct:
+    held = (weight.codes, weight.sums, weight.scale, grid[0])
+    if grid[0] == GIVEN:
+        _, low, high, scale, zero_point = grid  # type: ignore[misc]
+        return TokenProduct(*held, low, high, scale=scale, zero_point=zero_point)
+    quant_min, quant_max, divisor = _grid(int(grid[1]), bool(grid[2]))
+    return TokenProduct(*held, quant_min, quant_max, divisor=divisor)
 
 
 def _by_range(x: Tensor, bits: int, *, symmetric: bool, per_token: bool) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -286,9 +323,6 @@ def _grid(bits: int, symmetric: bool) -> tuple[int, int, float]:
     return quant_min, quant_max, quant_max + (bits < 8) * 0.5
 
 
-# Each operation that changes nothing costs its call: together a tenth of a product of one token.
-
-
 def _plain(x: Tensor) -> Tensor:
     x = x if x.dtype == torch.float32 else x.to(torch.float32)
     return x if x.is_contiguous() else x.contiguous()
@@ -296,11 +330,6 @@ def _plain(x: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     return _plain(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-
-
-def _as_input(result: Tensor, x: Tensor) -> Tensor:
-    result = result if x.dim() == 2 else result.view(*x.shape[:-1], result.shape[-1])
-    return result if x.dtype == torch.float32 else result.to(x.dtype)
 
 
 def multiply_codes(rows: Tensor, scale: float, zero_point: int, weight: LinearWeight, bias: Tensor | None) -> Tensor:

@@ -121,6 +121,40 @@ def test_more_tokens_than_few_are_multiplied_by_the_packed_weight():
     assert weight.few == 0
 
 
+@needs_witness
+@pytest.mark.parametrize("columns", [3 * 2**13 - 4, 3 * 2**13 - 3, 50_000])  # two tokens fill the stack, or do not fit
+def test_codes_that_do_not_fit_the_stack_are_kept_elsewhere(columns):
+    x, bias = randn(2, columns), randn(7)
+    codes, scale = random_weight(7, columns, 3, True)
+    weight, step, grid = pack_linear(codes, scale), torch.tensor(0.05), code_range(8, False, 77)
+    static = integer_linear(x, step, grid, weight, bias, 0.05)
+    per_token = integer_linear_per_token(x, 8, weight, bias)
+    assert equal(static, by_definition(x, step, grid, codes, scale, bias))
+    assert equal(per_token, torch.cat([integer_linear_per_token(row, 8, weight, bias) for row in x.split(1)]))
+    with without_native():
+        assert equal(per_token, integer_linear_per_token(x, 8, pack_linear(codes, scale), bias))
+
+
+def test_results_are_memory_of_their_own():
+    weight = pack_linear(*random_weight(5, 40, 0, True))
+    first = integer_linear_per_token(randn(2, 40), 8, weight, None)
+    before = first.clone()
+    second = integer_linear_per_token(randn(2, 40, seed=1), 8, weight, None)
+    assert torch.equal(first, before)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 40])  # PyTorch converts tails of vectors with other instructions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_becomes_the_code_of_zero(count, dtype):
+    x = torch.full((count,), math.nan, dtype=dtype)
+    for codes in (code_range(8, True), code_range(4, False, 3)):
+        with without_native():
+            reference = quantize_unsigned(x, torch.tensor(0.1), codes)
+        assert (reference == codes.zero_point).all()
+        assert torch.equal(quantize_unsigned(x, torch.tensor(0.1), codes), reference)
+
+
 def test_the_weight_is_read_as_it_is_stored():
     codes, scale = random_weight(5, 40, 0, True)
     assert pack_linear(codes, scale).codes.data_ptr() == codes.data_ptr()
