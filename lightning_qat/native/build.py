@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -14,6 +15,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+_LOG = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
 
@@ -31,15 +34,17 @@ class BuildError(RuntimeError):
     """There is no compiled library, and the message says why."""
 
 
-def compiled_library(family: str) -> Path:
+def compiled_library(family: str, *, unusable: str | None = None) -> Path:
     """Return the shared library of ``family``, compiled if this machine has not done so yet.
 
     Its name holds a digest of the sources, the flags, the compiler and the processor, so that another processor that
     shares the folder, or another version, compiles its own. It is written under a temporary name and renamed: of
-    several processes that compile at once, all find a whole file.
+    several processes that compile at once, all find a whole file. One that was damaged since is compiled again:
+    loading what is cut off would end the process.
 
     Args:
         family: name of a source file in this folder, without its ending.
+        unusable: why the one that is there cannot be used, so that it is compiled again; None if that is not known.
 
     Raises:
         BuildError: if it cannot be compiled.
@@ -48,7 +53,12 @@ def compiled_library(family: str) -> Path:
     command = (*compiler, *_FLAGS, *_machine_flags())
     source = _SOURCES / f"{family}.cpp"
     target = cache_folder() / f"{family}-{_digest(source, compiler, command)}.so"
-    if not target.exists():
+    there = target.exists()
+    if there and unusable is None and not _is_whole(target):
+        unusable = "it is damaged"
+    if there and unusable is not None:
+        _LOG.warning("CPU kernels %r are compiled again, %s cannot be used: %s", family, target, unusable)
+    if not there or unusable is not None:
         _compile(compiler, command, source, target)
     return target
 
@@ -160,7 +170,23 @@ def _compile(compiler: tuple[str, ...], command: tuple[str, ...], source: Path, 
         _run((*command, "-c", str(Path(folder) / source.name), "-o", str(compiled)))
         # Not linked with OpenMP: its symbols are those of the library that PyTorch has loaded, whose threads these are.
         _run((*compiler, "-shared", str(compiled), "-o", str(linked)))
+        with linked.open("ab") as library:  # loaders do not look behind the last section
+            library.write(_seal(linked.read_bytes()))
         os.replace(linked, target)
+
+
+def _seal(contents: bytes) -> bytes:
+    return hashlib.sha256(contents).digest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether a library ends in the digest of all before it."""
+    try:
+        contents = library.read_bytes()
+    except OSError:
+        return False
+    size = len(contents) - hashlib.sha256().digest_size
+    return size > 0 and contents[size:] == _seal(contents[:size])
 
 
 def _run(command: tuple[str, ...]) -> str:

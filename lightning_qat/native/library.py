@@ -82,7 +82,7 @@ class Family:
             if self._functions is not None or self.reason is not None:
                 return
             try:
-                library = ctypes.CDLL(str(compiled_library(self.name)))
+                library = _loaded(self.name)
             except (BuildError, OSError) as error:
                 self.reason = str(error)
                 _LOG.info("CPU kernels %r are not used, PyTorch's operations are: %s", self.name, error)
@@ -90,6 +90,15 @@ class Family:
             self._functions = SimpleNamespace(
                 **{name: _function(library, name, letters) for name, letters in self.signatures.items()}
             )
+
+
+def _loaded(name: str) -> ctypes.CDLL:
+    """Return the library of a family; one that does not load, as of another machine, is compiled again once."""
+    path = compiled_library(name)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        return ctypes.CDLL(str(compiled_library(name, unusable=str(error))))
 
 
 def _renew_locks() -> None:

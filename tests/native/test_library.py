@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import shutil
 import signal
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_qat.native import build, library
+from lightning_qat.native import build, library, upper_factor
 from lightning_qat.native.fake_quantize import quantize
 from lightning_qat.native.library import FAMILIES, Family, threads_for, why_not_native, without_native
 
@@ -62,6 +64,75 @@ def test_a_source_that_does_not_compile_says_so_and_leaves_nothing(cache, tmp_pa
     family = Family("broken", {})
     assert family.functions() is None
     assert "failed" in str(FAMILIES.pop("broken").reason)
+
+
+def _cut_off(library: Path) -> None:
+    library.write_bytes(library.read_bytes()[: library.stat().st_size // 2])
+
+
+def _of_another_machine(library: Path) -> None:
+    contents = bytearray(library.read_bytes()[: -hashlib.sha256().digest_size])
+    contents[18:20] = (0xF3, 0)  # e_machine: RISC-V
+    library.write_bytes(bytes(contents) + hashlib.sha256(contents).digest())
+
+
+_DAMAGES = {
+    "empty": lambda library: library.write_bytes(b""),
+    "cut off": _cut_off,
+    "of another machine": _of_another_machine,
+}
+
+
+def _says_in_a_child(used: bool, log: Path) -> str:
+    """Return what is logged where a process loads a family that this one has not, and whether its kernel is right.
+
+    Loading a library that is cut off ends a process.
+    """
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        native = upper_factor._FAMILY
+        native._functions = native.reason = None
+        logging.basicConfig(filename=log, filemode="w", level=logging.INFO, force=True)
+        matrix, order = torch.arange(9.0).view(3, 3), torch.tensor([2, 0, 1])
+        made = [upper_factor.gather_upper(matrix, order, None) for _ in range(2)]
+        right = matrix[order][:, order].triu().double()
+        as_asked = all(torch.equal(x.triu(), right) if used and x is not None else x is None and not used for x in made)
+        logging.shutdown()
+        os._exit(0 if as_asked else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return log.read_text()
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_a_damaged_library_is_compiled_again_once(cache, tmp_path, damage):
+    library, log = build.compiled_library("upper_factor"), tmp_path / "log"
+    size = library.stat().st_size
+    _DAMAGES[damage](library)
+    said = _says_in_a_child(True, log)
+    assert said.count("are compiled again") == said.count(f"{library} cannot be used") == 1
+    assert build._is_whole(library)
+    assert library.stat().st_size == size
+    assert list(cache.iterdir()) == [library]
+    assert "again" not in _says_in_a_child(True, log)
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_where_a_damaged_library_cannot_be_compiled_again_pytorchs_operations_are_used(
+    cache, tmp_path, monkeypatch, damage
+):
+    monkeypatch.setenv("CXX", _script(tmp_path, 'test "$1" = --version || test -z "$BROKEN" || exit 3; exec g++ "$@"'))
+    library, log = build.compiled_library("upper_factor"), tmp_path / "log"
+    _DAMAGES[damage](library)
+    damaged = library.read_bytes()
+    monkeypatch.setenv("BROKEN", "1")
+    said = _says_in_a_child(False, log)
+    assert said.count("are compiled again") == said.count("PyTorch's operations are") == 1
+    assert [path.read_bytes() for path in cache.iterdir()] == [damaged]
+    monkeypatch.delenv("BROKEN")
+    assert "are compiled again" in _says_in_a_child(True, log)
 
 
 @needs_compiler
