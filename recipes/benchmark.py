@@ -46,6 +46,9 @@ GROUPS: dict[str, Callable[[Conditions], Results]] = {
 _ON_CPU = ("train_step", "inference", "onnx")
 _DEVICES = ("auto", "cpu", "cuda")
 
+#: Groups that measure integers in groups of so many columns, which have to divide the side of a tensor.
+_IN_GROUPS, _COLUMNS = ("convert", "matmul", "gptq"), 128
+
 #: Group -> packages that its peers need.
 _PEERS = {
     "inference": PEER_PACKAGES,
@@ -68,6 +71,7 @@ def benchmark(cfg: DictConfig) -> Results:
     for group in cfg.groups:
         if group not in GROUPS:
             raise ConfigError(f"groups={group!r} is not known{nearest(group, GROUPS)}")
+    check_size(cfg.size, list(cfg.groups))
     device = chosen_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -84,6 +88,22 @@ def benchmark(cfg: DictConfig) -> Results:
         _write(path, {**about, "timings": [asdict(t) for t in found.timings], "notes": list(found.notes)})
     _show(facts, found, path)
     return found
+
+
+def check_size(size: Any, groups: list[str]) -> None:
+    """Raise where tensors of this side are none, or do not fit what ``groups`` measure; None is each group's own."""
+    if size is None:
+        return
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"size={size!r} is no side of a tensor; use a positive integer, or size=null")
+    concerned = [group for group in groups if group in _IN_GROUPS]
+    if concerned and size % _COLUMNS:
+        below, above = size // _COLUMNS * _COLUMNS, -(-size // _COLUMNS) * _COLUMNS
+        near = f"size={below} or size={above}" if below else f"size={above}"
+        raise ConfigError(
+            f"size={size} is no multiple of {_COLUMNS}, the columns of a group of integers in {', '.join(concerned)}; "
+            f"use {near}. groups=[fake_quantize] takes any size"
+        )
 
 
 def chosen_device(name: str) -> torch.device:

@@ -40,6 +40,29 @@ def run_here(folder, **settings):
     return benchmark.benchmark(OmegaConf.create(cfg))
 
 
+@pytest.mark.parametrize("group", ["convert", "matmul", "gptq"])
+@pytest.mark.parametrize(("size", "near"), [(1000, "size=896 or size=1024"), (1, "size=128."), (129, "size=256")])
+def test_a_size_that_groups_of_integers_do_not_divide_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, group, size, near
+):
+    monkeypatch.setattr(benchmark, "Gauge", lambda device: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match=rf"size={size} is no multiple of 128.* in {group}; use {near}"):
+        run_here(tmp_path, groups=["fake_quantize", group], device="cpu", size=size)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, -128, 12.5, "large", True])
+def test_a_size_that_is_no_side_is_refused(tmp_path, size):
+    with pytest.raises(ConfigError, match=f"size={size!r} is no side of a tensor; use a positive integer"):
+        run_here(tmp_path, groups=["fake_quantize"], device="cpu", size=size)
+
+
+def test_fake_quantize_takes_any_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "Gauge", lambda device: gauge(10.0))
+    found = run_here(tmp_path, groups=["fake_quantize"], device="cpu", size=13)
+    assert {timing.name for timing in found.timings} == {"torch", "lightning_qat"}
+
+
 def test_the_verb_writes_json_with_machine_and_versions(tmp_path):
     done = run(tmp_path, "groups=[fake_quantize]", "rounds=1", "size=256", "device=cpu")
     assert done.returncode == 0, done.stderr
