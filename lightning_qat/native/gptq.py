@@ -7,7 +7,10 @@ from torch import Tensor
 
 from lightning_qat.native.library import Family, threads_for
 
-_FAMILY = Family("gptq", {"gptq_block": "ppppffppqqqpppi", "descend_block": "pppppffppqqqpppi"})
+_FAMILY = Family(
+    "gptq",
+    {"gptq_block": "ppppffppqqqpppi", "descend_block": "pppppffppqqqpppi", "gather_columns": "ppqqpi"},
+)
 
 #: Rows that walk through a block together, each with its errors in scratch memory.
 _LANES = 64
@@ -40,6 +43,24 @@ def descend_block(
 ) -> tuple[Tensor, Tensor] | None:
     """Return what ``ops.coordinate_descent.reference_descend_block`` does, with its bits, or None likewise."""
     return _walked("descend_block", (products, current, hessian, step), zero, low, high, values, thresholds)
+
+
+def gather_columns(weight: Tensor, order: Tensor, out: Tensor) -> bool:
+    """Write ``weight[:, order].t()`` into ``out``; False where there is no kernel, and nothing is done.
+
+    Args:
+        weight: float32, ``[rows, columns]``.
+        order: int64, ``[columns]``.
+        out: contiguous float32, ``[columns, rows]``.
+    """
+    functions = _FAMILY.functions() if weight.is_cpu and out.is_cpu else None
+    if functions is None or weight.dtype != torch.float32 or not weight.numel():
+        return False
+    weight, order, (rows, columns) = weight.contiguous(), order.contiguous(), weight.shape
+    functions.gather_columns(
+        weight.data_ptr(), order.data_ptr(), rows, columns, out.data_ptr(), threads_for(weight.numel())
+    )
+    return True
 
 
 def _walked(

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qat.native import gptq as native
 from lightning_qat.ops.upper_factor import inverse_of_upper
+from lightning_qat.ops.workspace import advise_huge_pages
 
 #: Columns whose products with all before them are one: of fewer at a time these are slow.
 _PANEL = 512
@@ -83,7 +85,7 @@ def gptq_columns(
     """
     size, panel = len(columns), max(_PANEL // block_size, 1) * block_size
     loss = torch.zeros((), dtype=torch.float64, device=columns.device)
-    codes = torch.empty(columns.shape, dtype=torch.int16, device=columns.device)
+    codes = advise_huge_pages(torch.empty(columns.shape, dtype=torch.int16, device=columns.device))
     pulled = torch.empty((0, 0), device=columns.device)
     for start in range(0, size, block_size):
         first, stop = start - start % panel, min(start + block_size, size)
@@ -103,6 +105,15 @@ def gptq_columns(
         loss += errors.view(-1).dot(errors.view(-1))
         columns[start:stop] -= values_of_levels(codes[start:stop], steps, levels)
     return codes, loss
+
+
+def ordered_columns(weight: Tensor, order: Tensor) -> Tensor:
+    """Return ``weight[:, order]``, float32, transposed: ``[in_features, out_features]``, contiguous."""
+    if weight.is_cpu:
+        columns = advise_huge_pages(torch.empty(weight.shape[::-1], dtype=torch.float32, device="cpu"))
+        if native.gather_columns(weight, order, columns):
+            return columns
+    return weight.t().contiguous().index_select(0, order)
 
 
 def _reached(columns: Tensor, upper: Tensor, start: int, stop: int) -> Tensor:

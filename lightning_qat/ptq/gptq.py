@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.ops.gptq import Reached, Steps, gptq_columns, values_of_levels
+from lightning_qat.ops.gptq import Reached, Steps, gptq_columns, ordered_columns, values_of_levels
 from lightning_qat.ops.upper_factor import upper_factor
 from lightning_qat.ptq.chosen import ChosenCodes, output_error
 from lightning_qat.ptq.column_grid import (
@@ -261,7 +261,7 @@ def _choose(
 ) -> _Chosen:
     scale, zero = given if given is not None else _scales_of(weight, fmt, options, solved.diagonal)
     grid = column_grid(fmt, weight.shape, scale, zero)
-    columns = weight.t().contiguous().index_select(0, solved.order)
+    columns = ordered_columns(weight, solved.order)
     width = part_columns(fmt, weight.shape)
     found = given is None and not options.static_groups and width is not None and width < weight.shape[1]
     walk = _GroupsWhenReached(grid, fmt, options, solved, int(width or 0), zero) if found else None

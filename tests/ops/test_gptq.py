@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,6 +180,19 @@ def test_steps_are_asked_for_with_the_columns_as_they_are_by_then(monkeypatch: p
 def test_opcheck(kind: str) -> None:
     columns, factor, steps, levels = block_of(9, 5, kind)
     torch.library.opcheck(gptq_block_op, (columns, factor, *steps, *levels))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 70), (64, 5), (65, 130), (200, 33)])
+@pytest.mark.parametrize("native", [True, False])
+def test_columns_are_gathered_in_order(shape: tuple[int, int], native: bool) -> None:
+    order = torch.randperm(shape[1])
+    whole = torch.randn(*shape)
+    whole[0, 0] = torch.nan
+    for weight in (whole, torch.stack((whole, whole), dim=-1)[..., 0], whole.t().contiguous().t()):
+        with contextlib.nullcontext() if native else without_native():
+            found = gptq.ordered_columns(weight, order)
+        assert found.is_contiguous()
+        assert torch.equal(found.nan_to_num(7.0), whole[:, order].t().nan_to_num(7.0))
 
 
 def test_nothing_to_do() -> None:
