@@ -97,13 +97,17 @@ class ConvKernel:
         return len(x.seen_shape) == 4 if type(x) is RegionTensor else x.dim() == 4 and x.dtype == torch.float32
 
     def codes_of(self, x: Tensor) -> Tensor:
-        """Return the uint8 codes of an input, straight from the convolution before where it can be."""
-        if type(x) is RegionTensor:
-            codes = x.codes_on(self.grid)
-            if codes is not None:
-                return codes
-            x = x.floats()
-        return quantize_unsigned(x, self.scale, self.grid.codes)
+        """Return the uint8 codes of an input, straight from the convolution before where it can be.
+
+        Nobody changes them: other readers of the same grid may get the same tensor.
+        """
+        if type(x) is not RegionTensor:
+            return quantize_unsigned(x, self.scale, self.grid.codes)
+        codes = x.codes_on(self.grid)
+        if codes is None:
+            codes = quantize_unsigned(x.floats(), self.scale, self.grid.codes)
+            x.keep_codes(self.grid, codes)
+        return codes
 
     def pending(self, x: Tensor, bias: Tensor | None, *, one_reader: bool) -> RegionTensor:
         """Return the output of ``x``, a batch of float32 images, to be computed when it is read."""

@@ -8,6 +8,9 @@ layers stays what it is, and where the grids of the readers part nothing is roun
 
 Straight to codes is taken only for layers known to have one such reader (``QuantizedLayer.feeds_one_layer``):
 for others, as the input of a residual addition, the floats are computed once, in channels_last, and quantized.
+At the end of a residual block the sum waits as well (:mod:`lightning_qat.nn.region_sum`): adding the floats, the ReLU
+and the codes of the layer that reads it first are one pass over what the convolution gave, and another layer of the
+same grid takes the same codes.
 Either way does not depend on who looks at the tensor in between. The largest converted module being called
 hands out plain tensors (:func:`keep_codes_inside`).
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Protocol
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qat.nn.region_steps import RELU, Step
+from lightning_qat.nn.region_sum import PendingSum
 from lightning_qat.ops.integer_conv import CodeGrid
 
 
@@ -88,6 +93,11 @@ class RegionTensor(Tensor):
     #: What this is a view of, and whether there is a view of this: in memory they are one.
     view_of: RegionTensor | None = None
     viewed: bool = False
+    #: What this is after ``_steps``, until it is added up.
+    _sum: PendingSum | None = None
+    #: The sums that will read the floats, and codes of them: both until the floats change or are handed out.
+    _read_by: tuple[weakref.ref[PendingSum], ...] = ()
+    _codes: tuple[CodeGrid, Tensor] | None = None
 
     @staticmethod
     def _new(shape: tuple[int, ...], channels_last: bool) -> RegionTensor:
@@ -132,6 +142,54 @@ class RegionTensor(Tensor):
         made._value = value
         return made
 
+    def plus(self, other: RegionTensor) -> RegionTensor | None:
+        """Return the sum with another of the same shape, to be added up later; None where floats were handed out."""
+        if self._given or other._given:
+            return None
+        made = RegionTensor._new(self.seen_shape, self.seen_channels_last)
+        made._wait_for_sum(self, other)
+        return made
+
+    def add_in_place(self, other: RegionTensor) -> bool:
+        """Become the sum with another of the same shape, to be added up later; False where that cannot be."""
+        if not self.not_run() or other._given or other is self:
+            return False
+        self._wait_for_sum(other, self)
+        self._pending, self._steps = None, ()
+        return True
+
+    def _wait_for_sum(self, a: RegionTensor, b: RegionTensor) -> None:
+        fresh = next((side for side in (b, a) if side.not_run()), None)
+        if fresh is None or a is b:
+            left = a.floats()
+            self._sum = PendingSum(lambda: left, b.floats(), fresh=False)
+            borrowed = [a, b]
+        else:
+            # Read by nobody but this sum, most likely: its floats need not be kept.
+            pending, steps, other = fresh._pending, fresh._steps, a if fresh is b else b
+            self._sum = PendingSum(lambda: pending.to_float(steps), other.floats(), fresh=True)  # type: ignore[union-attr]
+            borrowed = [other]
+        for side in borrowed:
+            side._read_by = (*side._read_by, weakref.ref(self._sum))
+        self._sum.awaited_by(self)
+
+    def sum_steps(self) -> tuple[Step, ...]:
+        """Return what is done to the sum."""
+        return self._steps
+
+    def take_sum(self, value: Tensor) -> None:
+        """Have these floats from now on."""
+        self._value, self._sum, self._steps = value, None, ()
+
+    def forget_readers(self) -> None:
+        """Let sums read the floats now, before these change or are handed out, and keep no codes of them."""
+        for reference in self._read_by:
+            reader = reference()
+            if reader is not None:
+                with counted():
+                    reader.settle()
+        self._read_by, self._codes = (), None
+
     def _unchanged(self) -> bool:
         """Whether the convolution still stands for the floats, handed out or not."""
         if self._pending is None or self.view_of is not None:
@@ -139,20 +197,35 @@ class RegionTensor(Tensor):
         # By value: what numpy, ``.data`` and storages write is not counted as a version.
         return not self._given or (self._as_given is not None and torch.equal(self._value, self._as_given))  # type: ignore[arg-type]
 
+    def not_run(self) -> bool:
+        """Whether this is a convolution whose floats are not there yet: they would be nobody else's."""
+        return self._pending is not None and self._value is None
+
     def changes_unseen(self) -> bool:
         """Whether nobody holds the floats, or a view of them."""
         return not self._given and self.view_of is None and not self.viewed
 
     def codes_on(self, grid: CodeGrid) -> Tensor | None:
-        """Return uint8 codes straight from the convolution, or None where they are to be quantized from floats."""
+        """Return uint8 codes that are made on the way, or None where they are to be quantized from floats."""
         if self._pending is not None and self._pending.one_reader and self._unchanged():
             return self._pending.to_codes(self._steps, grid)
-        return None
+        if self._sum is not None:
+            with counted():
+                self.keep_codes(grid, self._sum.codes_on(grid))
+        return self._codes[1] if self._codes is not None and self._codes[0] == grid else None
+
+    def keep_codes(self, grid: CodeGrid, codes: Tensor | None) -> None:
+        """Keep the codes of the floats for another reader of the same grid, as the projection beside a block is."""
+        if not self._given and codes is not None:
+            self._codes = (grid, codes)
 
     def floats(self) -> Tensor:
         """Return the floats, in channels_last where nobody holds them yet. Not to be changed."""
         if self.view_of is not None:
             return self.plain()
+        if self._sum is not None:
+            with counted():
+                self._sum.settle()
         if self._value is None:
             self._value = self._pending.to_float(self._steps)  # type: ignore[union-attr]
         return self._value
@@ -164,6 +237,7 @@ class RegionTensor(Tensor):
             with counted():
                 self._value = base.view(self.seen_shape)
         elif not self._given:
+            self.forget_readers()
             value, last = self.floats(), self.seen_channels_last
             with counted():
                 layout = torch.channels_last if last and value.dim() == 4 else torch.contiguous_format
@@ -175,10 +249,12 @@ class RegionTensor(Tensor):
 
     def noted(self, step: Step, shape: tuple[int, ...]) -> RegionTensor | None:
         """Return the result of a step that is not run yet, or None where the floats stand for ``self``."""
-        if not self._unchanged():
+        if self._sum is None and not self._unchanged():
             return None
         made = RegionTensor._new(shape, self.seen_channels_last)
-        made._pending, made._steps = self._pending, (*self._steps, step)
+        made._pending, made._steps, made._sum = self._pending, (*self._steps, step), self._sum
+        if made._sum is not None:
+            made._sum.awaited_by(made)
         return made
 
     def note_in_place(self, step: Step) -> bool:
@@ -186,6 +262,7 @@ class RegionTensor(Tensor):
         if not self.changes_unseen():
             return False
         if self._value is not None:
+            self.forget_readers()
             with counted():
                 self._value = step.on_fresh_float(self._value)
         self._steps = (*self._steps, step)

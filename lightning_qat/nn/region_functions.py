@@ -62,7 +62,7 @@ def _flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> RegionTensor 
     if type(input) is not RegionTensor or start_dim != 1 or end_dim not in (-1, 3):
         return None
     shape = input.seen_shape
-    if len(shape) != 4 or input.seen_channels_last:
+    if len(shape) != 4 or input.seen_channels_last or input._sum is not None:
         return None
     made = input.noted(Flatten(), (shape[0], math.prod(shape[1:])))
     if made is not None:
@@ -102,6 +102,11 @@ def _floats(x: Tensor) -> Tensor:
     return x.floats() if type(x) is RegionTensor else x
 
 
+def _both_wait(a: Any, b: Any) -> bool:
+    """Whether both are of one shape and layout, and of this region: their sum may be added up later."""
+    return type(a) is RegionTensor and type(b) is RegionTensor and a.seen_shape == b.seen_shape and _fits_into(a, b)
+
+
 def _combined(function: Callable[..., Tensor], in_place: Callable[..., Tensor]) -> Callable[..., RegionTensor | None]:
     """Return what adds or multiplies two of the same shape, or one with a value for each channel."""
 
@@ -109,13 +114,13 @@ def _combined(function: Callable[..., Tensor], in_place: Callable[..., Tensor]) 
         if len(args) != 2 or kwargs:
             return None
         a, b = args
-        if type(a) is not RegionTensor or (type(b) is RegionTensor and b._value is None and _fits_into(b, a)):
+        if type(a) is not RegionTensor or (type(b) is RegionTensor and b.not_run() and _fits_into(b, a)):
             a, b = b, a
         if not _fits_into(a, b):
             return None
         with counted():
-            if a is not b and a._value is None:
-                # Read by nobody but this sum, most likely: its floats are fresh and need not be kept.
+            if a is not b and a.not_run():
+                # Read by nobody but this result, most likely: its floats are fresh and need not be kept.
                 return a.with_value(in_place(a._pending.to_float(a._steps), _floats(b)))
             return a.with_value(function(a.floats(), _floats(b)))
 
@@ -129,6 +134,7 @@ def _combined_in_place(in_place: Callable[..., Tensor]) -> Callable[..., RegionT
         a, b = args
         if type(a) is not RegionTensor or not a.changes_unseen() or not _fits_into(a, b):
             return None
+        a.forget_readers()
         with counted():
             other = _floats(b)
             a._value = in_place(a.floats(), other.clone() if b is a else other)
@@ -159,7 +165,21 @@ def _elementwise(function: Callable[..., Any]) -> Callable[..., RegionTensor | N
     return handler
 
 
-_add, _mul = _combined(torch.add, Tensor.add_), _combined(torch.mul, Tensor.mul_)
+_add_now, _mul = _combined(torch.add, Tensor.add_), _combined(torch.mul, Tensor.mul_)
+_add_in_place_now = _combined_in_place(Tensor.add_)
+
+
+def _add(*args: Any, **kwargs: Any) -> RegionTensor | None:
+    summed = args[0].plus(args[1]) if len(args) == 2 and not kwargs and _both_wait(*args) else None
+    return summed if summed is not None else _add_now(*args, **kwargs)
+
+
+def _add_in_place(*args: Any, **kwargs: Any) -> RegionTensor | None:
+    if len(args) == 2 and not kwargs and _both_wait(*args) and args[0].add_in_place(args[1]):
+        return args[0]
+    return _add_in_place_now(*args, **kwargs)
+
+
 _KNOWN: dict[Any, Callable[..., RegionTensor | None]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_, F.relu_), _relu_),
@@ -171,7 +191,7 @@ _KNOWN: dict[Any, Callable[..., RegionTensor | None]] = {
     F.dropout: _dropout,
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _mul),
-    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _combined_in_place(Tensor.add_)),
+    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_in_place),
     **{
         function: _elementwise(function)
         for function in (
