@@ -17,6 +17,7 @@ from lightning_qat.ops.codebook import codebook_dequantize_op, reference_dequant
 from lightning_qat.ops.codebook_tables import CODEBOOK_BITS, check_codebook
 from lightning_qat.ops.codebook_tables import codebook as codebook_values
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
+from lightning_qat.ops.float_linear import float_linear, four_bits_fit, most_tokens, of_four_bits
 from lightning_qat.ops.int4_dequantize import int4_dequantize_op, reference_int4_dequantize
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -200,7 +201,24 @@ def _dense(
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-w4a16_matmul_op.register_kernel("cpu")(_dense)
+@w4a16_matmul_op.register_kernel("cpu")
+def w4a16_matmul_cpu(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    codebook: str | None,
+) -> Tensor:
+    """The definition for few rows, as a converted layer computes it from the weight as it is stored; else dense."""
+    rows, columns = x.shape
+    few = rows and four_bits_fit(out_features, columns, group_size)
+    if not few or rows > most_tokens(4, out_features, columns, group_size, x.dtype):
+        return _dense(x, packed, scale, zero_point, bias, out_features, group_size, codebook)
+    weight = of_four_bits(packed.reshape(-1), scale, zero_point, out_features, group_size, codebook)
+    return float_linear(x, weight, bias)
 
 
 def w4a16_matmul_cuda(

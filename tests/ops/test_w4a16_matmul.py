@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from tensors import randn
 from torch import Tensor
 
+from lightning_qat.native.library import without_native
+from lightning_qat.native.linear_float import has_linear_float
 from lightning_qat.ops.codebook import pack_nibbles
 from lightning_qat.ops.codebook_tables import codebook
+from lightning_qat.ops.float_linear import float_linear, most_tokens, of_four_bits
 from lightning_qat.ops.packing import pack_bits
 from lightning_qat.ops.w4a16_matmul import reference_w4a16_matmul, w4a16_matmul, w4a16_matmul_op
 
@@ -104,6 +107,31 @@ def test_leading_dimensions_and_strides(kind: str) -> None:
     assert out.shape == (2, 3, 5)
     assert_close(out.view(6, 5), x.reshape(6, 8), held, torch.ones(5), 2.0**-23)
     assert held.multiply(randn(0, 4, 8)).shape == (0, 4, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "group"), [("signed", 128), ("zero", 32), ("nf4", 64), ("fp4", 192), ("nf4", 500)])
+def test_few_rows_take_the_weight_as_it_is_stored(kind: str, group: int, dtype: torch.dtype) -> None:
+    """Where groups end with rows; then a row's product does not depend on the other rows, as the library's does."""
+    held, bias = weight(kind, 64, 384, group), randn(64, seed=7)
+    fits = 384 % group == 0 and has_linear_float()
+    x = randn(384, 9, seed=1).to(dtype).t()
+    out = held.multiply(x, bias)
+    assert_close(out, x, held, bias, torch.finfo(dtype).eps / 2)
+    with without_native():
+        dense = held.multiply(x, bias)
+    assert_close(dense, x, held, bias, torch.finfo(dtype).eps / 2)
+    if not fits:
+        assert torch.equal(out, dense)
+        return
+    rows = of_four_bits(held.packed, held.scale, held.zero, 64, group, held.name)
+    assert torch.equal(out, float_linear(x, rows, bias))
+    assert torch.equal(out, torch.cat([held.multiply(row[None], bias) for row in x]))
+    assert torch.equal(held.multiply(torch._neg_view(x), bias), held.multiply(-x, bias))
+    many = randn(most_tokens(4, 64, 384, group, dtype) + 1, 384, seed=2).to(dtype)
+    with without_native():
+        dense = held.multiply(many, bias)
+    assert torch.equal(held.multiply(many, bias), dense)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from tensors import randn
 from torch import Tensor
 
+from lightning_qat.native.library import without_native
+from lightning_qat.native.linear_int8 import multiply_codes_native
 from lightning_qat.ops import w8a8_matmul as ops
-from lightning_qat.ops.integer_linear import MAX_TERMS
+from lightning_qat.ops.integer_linear import MAX_TERMS, few_rows
 from lightning_qat.ops.w8a8_matmul import reference_w8a8_matmul, w8a8_matmul, w8a8_matmul_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,8 +55,41 @@ def test_products_are_exact(
     out = w8a8_matmul(a, a_scale, b, b_scale, bias, a_zero_point=zero, b_sums=sums, dtype=dtype)
     assert out.dtype == dtype
     assert torch.equal(out, expected)
+    with without_native():
+        again = w8a8_matmul(a, a_scale, b, b_scale, bias, a_zero_point=zero, b_sums=sums, dtype=dtype)
+    assert torch.equal(again, expected)
     point = torch.tensor([zero]) if isinstance(zero, int) else zero
     assert torch.equal(reference_w8a8_matmul(a, a_scale, b, b_scale, bias, point, sums, dtype), expected)
+
+
+@pytest.mark.parametrize("zero", [None, -128, 127])
+@pytest.mark.parametrize("with_sums", [True, False])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_few_rows_take_the_kernel_of_converted_layers(
+    monkeypatch: pytest.MonkeyPatch, zero: int | None, with_sums: bool, per_row: bool
+) -> None:
+    """Where the sums of a weight's rows are given, or would be needed all the same."""
+    products = []
+
+    def counted(codes: Tensor, *arguments: Any) -> Any:
+        products.append(len(codes))
+        return multiply_codes_native(codes, *arguments)
+
+    monkeypatch.setattr(ops, "multiply_codes_native", counted)
+    b, b_scale, bias = codes(96, 333, seed=2), randn(96, seed=3), randn(96, seed=4)
+    sums = b.sum(1, dtype=torch.int32) if with_sums else None
+    most = few_rows(b.numel())
+    for rows in (1, 2, 8, 9, 40):
+        products.clear()
+        a, a_scale = codes(rows, 333, seed=rows), randn(rows if per_row else 1, seed=rows).abs()
+        out = w8a8_matmul(a, a_scale, b, b_scale, bias, a_zero_point=zero, b_sums=sums)
+        assert torch.equal(out, exact(a, a_scale, b, b_scale, bias, zero))
+        found_sums = [1] if zero is not None and not with_sums and (most or ops.sums_are_exact()) else []
+        few = rows <= min(most, 8) and (zero is not None or with_sums)
+        assert products == ([*found_sums, rows] if few else found_sums)
+    strided = torch.stack([b, b], 2)[:, :, 0]
+    out = w8a8_matmul(a[:2], a_scale[:1], strided, b_scale, bias, a_zero_point=zero, b_sums=sums)
+    assert torch.equal(out, exact(a[:2], a_scale[:1], b, b_scale, bias, zero))
 
 
 def test_by_hand() -> None:

@@ -41,7 +41,9 @@ def run_here(folder, **settings):
 
 
 @pytest.mark.parametrize("group", ["convert", "matmul", "gptq"])
-@pytest.mark.parametrize(("size", "near"), [(1000, "size=896 or size=1024"), (1, "size=128."), (129, "size=128 or size=256")])
+@pytest.mark.parametrize(
+    ("size", "near"), [(1000, "size=896 or size=1024"), (1, "size=128."), (129, "size=128 or size=256")]
+)
 def test_a_size_that_groups_of_integers_do_not_divide_is_refused_before_anything_is_measured(
     tmp_path, monkeypatch, group, size, near
 ):
