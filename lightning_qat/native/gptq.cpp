@@ -124,3 +124,19 @@ extern "C" void gather_columns(const float* weight, const int64_t* order, int64_
     }
   }
 }
+
+// And back: codes of columns in that order, as the columns of a weight lie, what they are in a table of codes.
+extern "C" void place_codes(const int16_t* codes, const int64_t* order, const uint8_t* table, int64_t rows,
+                            int64_t columns, uint8_t* out, int32_t threads) {
+  const int64_t tiles = (rows + kLanes - 1) / kLanes;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * kLanes, lanes = rows - first < kLanes ? rows - first : kLanes;
+    for (int64_t i = 0; i < columns; ++i) {
+      const int16_t* from = codes + i * rows + first;
+      uint8_t* to = out + first * columns + order[i];
+      for (int64_t l = 0; l < lanes; ++l)
+        to[l * columns] = table != nullptr ? table[from[l]] : static_cast<uint8_t>(from[l]);
+    }
+  }
+}

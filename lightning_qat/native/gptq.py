@@ -9,7 +9,12 @@ from lightning_qat.native.library import Family, threads_for
 
 _FAMILY = Family(
     "gptq",
-    {"gptq_block": "ppppffppqqqpppi", "descend_block": "pppppffppqqqpppi", "gather_columns": "ppqqpi"},
+    {
+        "gptq_block": "ppppffppqqqpppi",
+        "descend_block": "pppppffppqqqpppi",
+        "gather_columns": "ppqqpi",
+        "place_codes": "pppqqpi",
+    },
 )
 
 #: Rows that walk through a block together, each with its errors in scratch memory.
@@ -59,6 +64,26 @@ def gather_columns(weight: Tensor, order: Tensor, out: Tensor) -> bool:
     weight, order, (rows, columns) = weight.contiguous(), order.contiguous(), weight.shape
     functions.gather_columns(
         weight.data_ptr(), order.data_ptr(), rows, columns, out.data_ptr(), threads_for(weight.numel())
+    )
+    return True
+
+
+def place_codes(codes: Tensor, order: Tensor, table: Tensor | None, out: Tensor) -> bool:
+    """Write codes into ``out[:, order]``, transposed; False where there is no kernel, and nothing is done.
+
+    Args:
+        codes: int16, ``[columns, rows]``; their lowest bytes are written.
+        order: int64, ``[columns]``, a permutation.
+        table: uint8: what each code is to become, or None. Codes are then indices into it.
+        out: contiguous int8 or uint8, ``[rows, columns]``.
+    """
+    functions = _FAMILY.functions() if codes.is_cpu and out.is_cpu else None
+    if functions is None or codes.dtype != torch.int16 or not codes.numel():
+        return False
+    codes, order, table = codes.contiguous(), order.contiguous(), None if table is None else table.contiguous()
+    rows, columns = out.shape
+    functions.place_codes(
+        codes.data_ptr(), order.data_ptr(), _address(table), rows, columns, out.data_ptr(), threads_for(codes.numel())
     )
     return True
 

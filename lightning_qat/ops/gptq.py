@@ -116,6 +116,24 @@ def ordered_columns(weight: Tensor, order: Tensor) -> Tensor:
     return weight.t().contiguous().index_select(0, order)
 
 
+def placed_codes(codes: Tensor, order: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return codes in the layout of the weight, ``[out_features, in_features]``, contiguous.
+
+    Args:
+        codes: int16 ``[in_features, out_features]``.
+        order: int64 ``[in_features]``: which column of the weight each row of ``codes`` is.
+        table: uint8: what the codes, indices into it, are to become. None leaves them as they are.
+        dtype: int8 or uint8; that of ``table`` where it is given.
+    """
+    dtype = dtype if table is None else table.dtype
+    if codes.is_cpu:
+        placed = advise_huge_pages(torch.empty(codes.shape[::-1], dtype=dtype, device="cpu"))
+        if native.place_codes(codes, order, table, placed):
+            return placed
+    lying = torch.empty_like(codes).index_copy_(0, order, codes).t()
+    return (lying.to(dtype) if table is None else table[lying.to(torch.int64)]).contiguous()
+
+
 def _reached(columns: Tensor, upper: Tensor, start: int, stop: int) -> Tensor:
     """Return the columns ``start`` to ``stop`` once all before are rounded."""
     pulled = upper[:start, start:stop].t() @ columns[:start]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_qat.ops.codebook_tables import bin_codes, codebook, thresholds
 from lightning_qat.ops.fake_quantize import quant_range
-from lightning_qat.ops.gptq import Levels, Steps
+from lightning_qat.ops.gptq import Levels, Steps, placed_codes
 from lightning_qat.schemes import CodebookScheme, IntegerScheme, TensorFormat, get_scheme
 
 #: Bits that codes are chosen for.
@@ -105,9 +105,16 @@ def _levels(fmt: TensorFormat, device: torch.device) -> Levels:
     return Levels(0, len(values) - 1, values, thresholds(scheme.codebook, fmt.rule, device))
 
 
-def codes_of_levels(chosen: Tensor, fmt: TensorFormat) -> Tensor:
-    """Return the codes of a format, in its dtype, of what an op chose: int16 ``[out_features, in_features]``."""
-    scheme = get_scheme(fmt.scheme)
+def codes_of_levels(chosen: Tensor, fmt: TensorFormat, order: Tensor | None = None) -> Tensor:
+    """Return the codes of a format, in its dtype, ``[out_features, in_features]``, contiguous.
+
+    Args:
+        chosen: what an op chose: int16 ``[in_features, out_features]``.
+        fmt: of the codes.
+        order: int64 ``[in_features]``: which column each row of ``chosen`` is; None is as they lie.
+    """
+    scheme, table = get_scheme(fmt.scheme), None
     if isinstance(scheme, CodebookScheme):
-        return bin_codes(scheme.codebook, fmt.rule, chosen.device)[chosen.to(torch.int64)].contiguous()
-    return chosen.to(torch.int8 if fmt.symmetric else torch.uint8).contiguous()
+        table = bin_codes(scheme.codebook, fmt.rule, chosen.device)
+    order = torch.arange(len(chosen), device=chosen.device) if order is None else order
+    return placed_codes(chosen, order, table, torch.int8 if fmt.symmetric else torch.uint8)

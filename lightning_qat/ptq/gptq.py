@@ -246,10 +246,12 @@ def _solve(gram: Tensor, options: GPTQOptions) -> tuple[_Solved | None, tuple[st
 class _Chosen:
     """What GPTQ chose: codes of the ops, transposed, scales and zero points as the scheme has them, and the loss.
 
-    ``damped`` is what the loss has of what was added to the diagonal.
+    ``damped`` is what the loss has of what was added to the diagonal; ``order`` which columns the codes are of, None
+    where these are as they lie.
     """
 
     codes: Tensor
+    order: Tensor | None
     scale: Tensor
     zero_point: Tensor
     loss: float
@@ -271,13 +273,14 @@ def _choose(
             walk.reach(start, stop, reached)
         return grid.of(solved.order[start:stop])
 
-    codes = torch.empty_like(columns, dtype=torch.int16)
-    codes[solved.order], total = gptq_columns(columns, solved.upper, steps_of, grid.levels, options.block_size)
+    codes, total = gptq_columns(columns, solved.upper, steps_of, grid.levels, options.block_size)
+    order: Tensor | None = solved.order
     loss, added = float(total), solved.added[solved.order]
     if walk is not None:
         scale, zero = walk.scale, walk.zero_point
     if options.sweeps:
         refits, lying = given is None and options.refit_scales and not fmt.nested, weight.t().contiguous()
+        codes, order = torch.empty_like(codes).index_copy_(0, solved.order, codes), None
         codes, grid, loss = refine(
             lying, codes, solved.hessian(), grid, sweeps=options.sweeps, width=width if refits else None,
             shared_by_rows=not scale.dim(), block_size=options.block_size,
@@ -287,7 +290,7 @@ def _choose(
         if refits and width is not None:
             scale = _scale_of(grid, scale)
     damped = float(torch.linalg.vector_norm(columns, dim=1).square_().mul_(added).sum(dtype=torch.float64))
-    return _Chosen(codes, scale, zero, loss, damped)
+    return _Chosen(codes, order, scale, zero, loss, damped)
 
 
 def _scales_of(weight: Tensor, fmt: TensorFormat, options: GPTQOptions, power: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,7 +339,7 @@ class _GroupsWhenReached:
 def _settled(weight: Tensor, gram: Tensor, fmt: TensorFormat, solved: _Solved, chosen: _Chosen) -> tuple[Tensor, float]:
     """Return the codes of the format and their loss."""
     scheme = get_scheme(fmt.scheme)
-    codes = codes_of_levels(chosen.codes.t(), fmt)
+    codes = codes_of_levels(chosen.codes, fmt, chosen.order)
     scale = scheme.effective_scale(chosen.scale, fmt)
 
     def values() -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_qat.native.library import without_native
 from lightning_qat.ops import gptq, gptq_cpu
-from lightning_qat.ops.codebook_tables import codebook, thresholds
+from lightning_qat.ops.codebook_tables import bin_codes, codebook, thresholds
 from lightning_qat.ops.gptq import (
     Levels,
     Reached,
@@ -193,6 +193,22 @@ def test_columns_are_gathered_in_order(shape: tuple[int, int], native: bool) -> 
             found = gptq.ordered_columns(weight, order)
         assert found.is_contiguous()
         assert torch.equal(found.nan_to_num(7.0), whole[:, order].t().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 3), (5, 64), (130, 65), (33, 200)])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "uint8", "nf4"])
+def test_codes_are_placed_as_the_columns_lie(shape: tuple[int, int], native: bool, kind: str) -> None:
+    order, table = torch.randperm(shape[0]), bin_codes("nf4", "cpu", "cpu") if kind == "nf4" else None
+    low, high = {"int8": (-128, 128), "uint8": (0, 256), "nf4": (0, 16)}[kind]
+    codes = torch.randint(low, high, shape).to(torch.int16)
+    with contextlib.nullcontext() if native else without_native():
+        found = gptq.placed_codes(codes, order, table, torch.int8 if kind == "int8" else torch.uint8)
+    assert found.is_contiguous()
+    assert found.dtype == (torch.int8 if kind == "int8" else torch.uint8)
+    for row, column in enumerate(order.tolist()):
+        expected = [int(code) if table is None else int(table[code]) for code in codes[row]]
+        assert found[:, column].tolist() == expected
 
 
 def test_nothing_to_do() -> None:

@@ -26,7 +26,7 @@ def started(name: str) -> tuple[Tensor, Tensor, TensorFormat, Tensor, object]:
     grid = column_grid(fmt, weight.shape, scale, zero)
     codes = scheme.quantize(weight, scale, zero, fmt)
     if isinstance(scheme, CodebookScheme):
-        order = codes_of_levels(torch.arange(len(grid.levels.values), dtype=torch.int16)[:, None], fmt).reshape(-1)
+        order = codes_of_levels(torch.arange(len(grid.levels.values), dtype=torch.int16)[None], fmt).reshape(-1)
         codes = (codes[..., None] == order).int().argmax(-1)
     return weight, gram, fmt, codes.t().to(torch.int16).contiguous(), grid
 
