@@ -209,9 +209,9 @@ class RegionTensor(Tensor):
         """Return uint8 codes that are made on the way, or None where they are to be quantized from floats."""
         if self._pending is not None and self._pending.one_reader and self._unchanged():
             return self._pending.to_codes(self._steps, grid)
-        if self._sum is not None:
+        if (pending := self._sum) is not None:
             with counted():
-                self.keep_codes(grid, self._sum.codes_on(grid))
+                self.keep_codes(grid, pending.codes_on(grid))
         return self._codes[1] if self._codes is not None and self._codes[0] == grid else None
 
     def keep_codes(self, grid: CodeGrid, codes: Tensor | None) -> None:
@@ -223,9 +223,9 @@ class RegionTensor(Tensor):
         """Return the floats, in channels_last where nobody holds them yet. Not to be changed."""
         if self.view_of is not None:
             return self.plain()
-        if self._sum is not None:
+        if (pending := self._sum) is not None:
             with counted():
-                self._sum.settle()
+                pending.settle()
         if self._value is None:
             self._value = self._pending.to_float(self._steps)  # type: ignore[union-attr]
         return self._value

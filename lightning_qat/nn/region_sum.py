@@ -62,10 +62,10 @@ class PendingSum:
         self._waiting = []
 
     def codes_on(self, grid: CodeGrid) -> Tensor | None:
-        """Add up and return the codes of the one that waits; None, and nothing is done, where there are several."""
+        """Add up and return the codes of the one that waits; None, and nothing is done, where others wait too."""
         waiting = self._all_waiting()
-        clamp, others = _first_clamp(waiting[0].sum_steps())
-        if len(waiting) > 1 or others:
+        clamp, others = _first_clamp(waiting[0].sum_steps() if waiting else ())
+        if len(waiting) != 1 or others:
             return None
         value, codes = add_quantized(self._left(), self._right, grid, *clamp, fresh=self._fresh)
         waiting[0].take_sum(value)
