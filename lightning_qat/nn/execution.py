@@ -8,6 +8,9 @@ forward or backward, is wanted, for empty inputs, and for inputs of another dtyp
 Linear also where the number of tokens makes a float product faster, and, where it would compute with integers, for NaN
 and infinities. What the C++ kernels of
 :mod:`lightning_qat.native` do for few tokens, ``"native ..."``, oneDNN's do for more.
+
+A residual block of convolutions ends in one pass: the floats' sum, its ReLU and the codes of the layer that reads it
+(:mod:`lightning_qat.nn.region`).
 """
 
 from __future__ import annotations
