@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lightning_qat.ops.codebook_tables import codebook
@@ -76,7 +77,7 @@ def takes_triton(layer: QuantizedLayer, x: Tensor) -> bool:
     """Return whether this call can go to a kernel on a GPU, if the layer has one."""
     if not x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
         return False
-    if torch._C._functorch.maybe_current_level() is not None:
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False
     return _fits(layer, x) and bool(x.numel())
 

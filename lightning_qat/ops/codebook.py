@@ -28,6 +28,7 @@ from lightning_qat.ops.codebook_tables import (
 from lightning_qat.ops.codebook_tables import (
     codebook as codebook_values,
 )
+from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import match_layout
 from lightning_qat.ops.nibbles import pack_nibbles as pack_nibbles
 from lightning_qat.ops.nibbles import unpack_nibbles as unpack_nibbles
@@ -162,6 +163,7 @@ def fake_quantize_codebook(
     _check(x, absmax, codebook, block_size, rule)
     if stored_absmax is not None:
         _check_blocks(x, stored_absmax, codebook, block_size)
+    refuse_tangents(x)
     return codebook_fake_quantize_op(x, absmax, stored_absmax, codebook, block_size, rule)
 
 

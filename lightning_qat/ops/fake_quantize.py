@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import (
     match_layout,
     resolve_layout,
@@ -94,9 +95,11 @@ def fake_quantize(
     Raises:
         TypeError: if ``scale`` or ``zero_point`` is no tensor.
         ValueError: if a dtype, shape, device or number does not fit, naming what is allowed.
+        NotImplementedError: under ``torch.func.jvp`` and its kin, in forward mode.
     """
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; use a floating-point dtype")
+    refuse_tangents(x, scale, zero_point)
     quant_min, quant_max = resolve_grid(zero_point, bits, symmetric)
     op_axis, group = resolve_layout(x, scale, zero_point, axis, group_size)
     return fake_quantize_op(x, scale, zero_point, quant_min, quant_max, op_axis, group)

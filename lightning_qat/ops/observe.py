@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_qat.native import fake_quantize as native
 from lightning_qat.ops.affine_cpu import takes_pieces
 from lightning_qat.ops.fake_quantize import fake_quantize_op, quant_range, reference_fake_quantize
 from lightning_qat.ops.fake_quantize_cpu import as_read, fake_quantize_cpu
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
+from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import dense_layout, empty_result
 from lightning_qat.ops.straight_through import apply_plainly, differentiable_once, input_gradient
 
@@ -160,5 +162,7 @@ def observe_fake_quantize_through(
     if torch.is_grad_enabled() and x.requires_grad:
         observed: tuple[Tensor, Bound, Bound] = apply_plainly(_Observed, x, scale, zero_point, (quant_min, quant_max))
         return observed
+    if forward_ad._current_level >= 0:  # not a call where backward passes come by
+        refuse_tangents(x)
     kernel = _KERNELS.get(x.device.type, observe_fake_quantize_op)
     return kernel(x, scale, zero_point, quant_min, quant_max)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from lightning_qat.native.fake_quantize import has_kernels
@@ -21,6 +22,7 @@ from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op, quant_range
 from lightning_qat.ops.fake_quantize_cpu import fake_quantize_backward_cpu, fake_quantize_cpu, input_ends
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON, fake_quantize_backward_cuda, fake_quantize_cuda
+from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import empty_result, layout_of_shapes, resolve_layout
 
 #: What the dispatcher would come to for a plain tensor of the device; others go through it.
@@ -118,6 +120,8 @@ def fake_quantize_through(
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = apply_plainly(_StraightThrough, x, scale, zero_point, grid, covered)
         return result
+    if forward_ad._current_level >= 0:  # not a call where backward passes come by
+        refuse_tangents(x)
     return _KERNELS.get(x.device.type, _OPS)[0](x, scale, zero_point, *grid)
 
 

@@ -18,6 +18,7 @@ from lightning_qat.native import affine as native_affine
 from lightning_qat.native import vectorwise as native
 from lightning_qat.ops.affine_cpu import dequantize_pieces, takes_pieces
 from lightning_qat.ops.chunks import CHUNK
+from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import match_layout
 from lightning_qat.ops.workspace import advise_huge_pages
 
@@ -91,6 +92,7 @@ def fake_quantize_vectorwise(x: Tensor, threshold: float = 0.0) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x has no dimension; vector-wise quantization needs one of features")
     _check(x, threshold)
+    refuse_tangents(x)
     return vectorwise_fake_quantize_op(x, threshold)
 
 
