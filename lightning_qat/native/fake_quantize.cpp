@@ -132,12 +132,12 @@ struct Extremes {
   bool has_nan;
 };
 
-// Quantizes where `y` is asked for, and writes codes, counted from the first, where they are.
-template <bool kQuantizes, bool kZero, bool kCodes = false, typename T>
+// Quantizes where values or codes, counted from the first, are asked for.
+template <bool kQuantizes, bool kZero, bool kCodes = false, bool kValues = true, typename T>
 Extremes observe_run(const T* __restrict x, T* __restrict y, int64_t count, const Grid grid,
                      uint8_t* __restrict codes = nullptr) {
   float low[kLanes], high[kLanes];
-  int32_t bad[kLanes] = {};
+  int32_t bad[kLanes] = {}, wide[kLanes];
   for (int j = 0; j < kLanes; ++j) {
     low[j] = INFINITY;
     high[j] = -INFINITY;
@@ -149,15 +149,21 @@ Extremes observe_run(const T* __restrict x, T* __restrict y, int64_t count, cons
     bad[j] |= value != value;
     if (kQuantizes) {
       const float code = code_of<kZero>(value, grid);
-      store(y[i], code * grid.scale);
-      if (kCodes) codes[i] = static_cast<uint8_t>(static_cast<int32_t>(code + (grid.zero - grid.first)));
+      if (kValues) store(y[i], code * grid.scale);
+      if (kCodes) wide[j] = static_cast<int32_t>(code + (grid.zero - grid.first));
     }
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) lane(i + j, j);
+    if (kCodes) {  // once all are known: one instruction makes bytes of them
+      for (int j = 0; j < kLanes; ++j) codes[i + j] = static_cast<uint8_t>(wide[j]);
+    }
   }
-  for (int j = 0; i < count; ++i, ++j) lane(i, j);
+  for (int j = 0; i < count; ++i, ++j) {
+    lane(i, j);
+    if (kCodes) codes[i] = static_cast<uint8_t>(wide[j]);
+  }
   Extremes all{low[0], high[0], bad[0] != 0};
   for (int j = 1; j < kLanes; ++j) {
     all.low = low[j] < all.low ? low[j] : all.low;
@@ -206,8 +212,9 @@ int64_t quantize_input_part(const T* x, T* y, uint8_t* codes, int64_t begin, int
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t stop = start + kBlock < end ? start + kBlock : end;
     const Extremes found =
-        codes ? observe_run<true, kZero, true>(x + start, y + start, stop - start, grid, codes + start)
-              : observe_run<true, kZero>(x + start, y + start, stop - start, grid);
+        !y      ? observe_run<true, kZero, true, false>(x + start, y, stop - start, grid, codes + start)
+        : codes ? observe_run<true, kZero, true>(x + start, y + start, stop - start, grid, codes + start)
+                : observe_run<true, kZero>(x + start, y + start, stop - start, grid);
     all.low = found.low < all.low ? found.low : all.low;
     all.high = found.high > all.high ? found.high : all.high;
     all.has_nan |= found.has_nan;

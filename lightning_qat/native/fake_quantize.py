@@ -172,7 +172,7 @@ class Seen(NamedTuple):
 
 def quantize_input(
     x: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     scale: Tensor,
     zero_point: Tensor | None,
     quant_min: int,
@@ -183,7 +183,7 @@ def quantize_input(
 
     Args:
         x: dense, not empty.
-        out: lies as ``x``.
+        out: lies as ``x``; None where the codes are all that is asked for.
         scale: positive, one element.
         zero_point: likewise, or None.
         quant_min: smallest code.
@@ -199,7 +199,7 @@ def quantize_input(
     bounds, counts = (ctypes.c_float * (2 * threads))(), (ctypes.c_int64 * threads)()
     positions = torch.empty(threads * capacity, dtype=torch.int64, device="cpu")
     places = ctypes.addressof(bounds), positions.data_ptr(), capacity, ctypes.addressof(counts)
-    targets = out.data_ptr(), 0 if codes is None else codes.data_ptr()
+    targets = 0 if out is None else out.data_ptr(), 0 if codes is None else codes.data_ptr()
     function(x.data_ptr(), *targets, count, *grid, quant_min, quant_max, *places, threads)
     return Seen(bounds[0], bounds[1], None if counts[0] < 0 else positions[: counts[0]].clone())
 

@@ -62,8 +62,12 @@ def has_memory_of_its_own(x: Tensor) -> bool:
 
     Not where a mode sees operations (``make_fx``, which writes them down): kernels called directly are none of them.
     """
-    plain = is_plain(x) and not x.is_inference() and not x.is_meta
-    return plain and torch._C._functorch.maybe_current_level() is None and not torch._C._len_torch_dispatch_stack()
+    return is_plain(x) and not x.is_inference() and not x.is_meta and sees_no_mode()
+
+
+def sees_no_mode() -> bool:
+    """Return whether no transform and no mode sees what is done here."""
+    return torch._C._functorch.maybe_current_level() is None and not torch._C._len_torch_dispatch_stack()
 
 
 def _may_keep(quantizer: FakeQuantizer | None) -> TypeGuard[WeightQuantizer]:

@@ -83,7 +83,7 @@ def quantize_unsigned(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
 
     Clamping before rounding is the same between integer bounds. Converting through the bits takes half the
     time of ``round_().add_().clamp_().to(torch.uint8)``, whose last step is not vectorized. A NaN becomes
-    the code of 0.0: its lowest byte is zero.
+    the code of 0.0.
 
     Args:
         x: floating point up to 32 bits, any shape and strides.
@@ -96,14 +96,14 @@ def quantize_unsigned(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
             return result
     if x.numel() <= 2 * _BLOCK_ELEMENTS:
         ratio = torch.div(x.to(torch.float32), scale)
-        return _round(ratio, codes, x.dtype).to(torch.uint8).add_(codes.zero_point % 256)
+        return _round(ratio, codes).to(torch.uint8).add_(codes.zero_point % 256)
     result = torch.empty_like(x, dtype=torch.uint8)
     out, (values,) = view_channels(result, (x,), NO_AXIS, x.shape[-1] if scale.numel() > 1 else NO_GROUP)
     step, scratch = scale.reshape(-1, 1), empty_scratch(out, _BLOCK_ELEMENTS)
     for block in channel_blocks(out.shape, _BLOCK_ELEMENTS):
         target = out[block]
         ratio = view_scratch(scratch, target).copy_(values[block]).div_(step[block[1]])
-        target.copy_(_round(ratio, codes, x.dtype)).add_(codes.zero_point % 256)
+        target.copy_(_round(ratio, codes)).add_(codes.zero_point % 256)
     return result
 
 
@@ -114,12 +114,11 @@ def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def _round(ratio: Tensor, codes: CodeRange, dtype: torch.dtype) -> Tensor:
-    """Return integers whose lowest byte is the code less the zero point; works in ``ratio``, made from ``dtype``."""
+def _round(ratio: Tensor, codes: CodeRange) -> Tensor:
+    """Return integers whose lowest byte is the code less the zero point; works in ``ratio``."""
     ratio.clamp_(codes.low - codes.zero_point, codes.high - codes.zero_point)
-    if dtype == torch.float16:
-        ratio.nan_to_num_(0.0)  # PyTorch makes of some a NaN with every bit set
-    return ratio.add_(_ROUNDER).view(torch.int32)
+    # A NaN may have any bits; those that PyTorch makes of float16's have all.
+    return ratio.nan_to_num_(0.0).add_(_ROUNDER).view(torch.int32)
 
 
 #: ``GIVEN``, smallest and largest code less the zero point, scale, zero point; or the kind of range, bits, symmetric.

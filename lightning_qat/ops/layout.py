@@ -280,6 +280,12 @@ def empty_values(shape: torch.Size) -> Tensor:
     return advise_huge_pages(torch.empty(shape, dtype=torch.float32, device="cpu")) if taken is None else taken
 
 
+def empty_codes(shape: torch.Size) -> Tensor:
+    """Return uninitialized uint8 CPU memory for codes, contiguous."""
+    taken = take(torch.empty(shape, dtype=torch.uint8, device="meta"))
+    return torch.empty(shape, dtype=torch.uint8, device="cpu") if taken is None else taken
+
+
 def empty_scratch(result: Tensor, limit: int) -> Tensor:
     """Return flat uninitialized float32 CPU memory for one block of ``result``."""
     return advise_huge_pages(torch.empty(min(result.numel(), limit), dtype=torch.float32, device="cpu"))

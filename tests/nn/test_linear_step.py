@@ -193,7 +193,7 @@ def test_codes_give_the_gradients_of_kept_inputs(monkeypatch, far):
         calibrate(model, [randn(100, 64)])
         apply_phase(model, Phase(observing=False, frozen=True))
         if not keeps:
-            monkeypatch.setattr(linear_step._Input, "_may_keep_codes", lambda self, x: False)
+            monkeypatch.setattr(linear_step.StepInput, "_may_keep_codes", lambda self, x: False)
         with torch.no_grad():
             model[0].bias[: far // 100 + 1].add_(9.0 if far else 0.0)
             if far == 40:
