@@ -132,6 +132,39 @@ def test_stochastic_weight_averaging(tmp_path, ours_first, freeze):
     assert_ships(module, callback)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_stochastic_weight_averaging_goes_on_where_it_was(tmp_path, quantized):
+    """In float too, as the witness; before it begins, while the learning rate anneals and after that.
+
+    Not from its own last epoch without steps: plain training that goes on from there has other weights already.
+    """
+
+    class Rates(Callback):
+        def __init__(self):
+            self.seen = {}
+
+        def on_train_batch_end(self, trainer, *_):
+            self.seen[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def run(folder, start=None):
+        rates = Rates()
+        swa = StochasticWeightAveraging(0.01, swa_epoch_start=2, annealing_epochs=2)
+        saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        ours = [qat(start_step=3, freeze_step=28)] if quantized else []
+        module = Classifier()
+        options = dict(max_epochs=5, enable_checkpointing=True)
+        trainer(tmp_path, [*ours, swa, saver, rates], **options).fit(module, loader(), ckpt_path=start)
+        return module.state_dict(), rates.seen
+
+    whole, rates = run(tmp_path / "whole")
+    assert len(set(rates.values())) == 3
+    for epoch in range(4):
+        again, seen = run(tmp_path / str(epoch), tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        assert equal(whole, again), epoch
+        assert seen == {step: rate for step, rate in rates.items() if step in seen}
+        assert min(seen) == 8 * epoch + 9
+
+
 def test_stochastic_weight_averaging_without_batchnorm(tmp_path):
     class Plain(Classifier):
         def __init__(self):
