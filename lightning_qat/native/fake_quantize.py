@@ -178,6 +178,8 @@ def quantize_input(
     quant_min: int,
     quant_max: int,
     codes: Tensor | None = None,
+    *,
+    lists: bool = True,
 ) -> Seen | None:
     """Write ``x`` fake-quantized with one scale into ``out``; return what was seen, None where there is no kernel.
 
@@ -189,13 +191,14 @@ def quantize_input(
         quant_min: smallest code.
         quant_max: largest code.
         codes: uint8, lies as ``x``; gets the codes, counted from ``quant_min``. Those of NaN mean nothing.
+        lists: whether positions outside are asked for.
     """
     function, grid = _find("quantize_input", x), _parameters(scale, zero_point)
     if function is None or grid is None:
         return None
     count = x.numel()
     threads = threads_for(count)
-    capacity = min(count, max(_LEAST_LISTED, count // _LISTED))
+    capacity = min(count, max(_LEAST_LISTED, count // _LISTED)) if lists else 0
     bounds, counts = (ctypes.c_float * (2 * threads))(), (ctypes.c_int64 * threads)()
     positions = torch.empty(threads * capacity, dtype=torch.int64, device="cpu")
     places = ctypes.addressof(bounds), positions.data_ptr(), capacity, ctypes.addressof(counts)

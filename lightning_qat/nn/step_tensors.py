@@ -143,7 +143,8 @@ class StepInput(StepTensor):
     def _look(self, x: Tensor, result: Tensor | None, codes: Tensor | None) -> native.Seen:
         """Quantize, and learn what is outside and, if the range is observed, what the extremes are."""
         _, scale, zero_point, quant_min, quant_max = self.grid  # type: ignore[misc]
-        seen: Any = native.quantize_input(x, result, scale, zero_point, quant_min, quant_max, codes)
+        lists = self.learned is None  # what is learned looks at every element again
+        seen: Any = native.quantize_input(x, result, scale, zero_point, quant_min, quant_max, codes, lists=lists)
         self._outside, self.covered = seen.outside, seen.outside is not None and not seen.outside.numel()
         if self._observer is not None:
             self._observer.saw(x, seen.low, seen.high)
