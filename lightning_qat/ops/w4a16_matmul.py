@@ -18,6 +18,7 @@ from lightning_qat.ops.codebook_tables import CODEBOOK_BITS, check_codebook
 from lightning_qat.ops.codebook_tables import codebook as codebook_values
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 from lightning_qat.ops.float_linear import float_linear, four_bits_fit, most_tokens, of_four_bits
+from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.int4_dequantize import int4_dequantize_op, reference_int4_dequantize
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,6 +56,7 @@ def w4a16_matmul(
 
     Raises:
         ValueError: if a dtype, size, device or name does not fit, naming what is allowed.
+        NotImplementedError: under ``torch.func.jvp`` and its kin, in forward mode.
     """
     if x.dtype not in _DTYPES or not x.dim():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; use [..., K] of float16, bfloat16 or float32")
@@ -65,6 +67,7 @@ def w4a16_matmul(
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move it to {x.device}")
     if bias is not None and bias.numel() != out_features:
         raise ValueError(f"bias has {bias.numel()} elements; use out_features={out_features}")
+    refuse_tangents(x, bias, what="w4a16_matmul has a gradient")
     flat = x.reshape(x.shape[:-1].numel(), columns)
     result = w4a16_matmul_op(flat, packed, scale, zero_point, bias, out_features, group_size, codebook)
     return result.view(*x.shape[:-1], out_features)

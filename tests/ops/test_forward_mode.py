@@ -15,6 +15,7 @@ import lightning_qat as lq
 from lightning_qat.ops.codebook import fake_quantize_codebook
 from lightning_qat.ops.fake_quantize import fake_quantize
 from lightning_qat.ops.vectorwise import fake_quantize_vectorwise
+from lightning_qat.ops.w4a16_matmul import w4a16_matmul
 from lightning_qat.transforms.ranges import defer_ranges
 
 SCALE = torch.tensor(0.1)
@@ -22,6 +23,9 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "fake_quantize": lambda x: fake_quantize(x, SCALE),
     "codebook": lambda x: fake_quantize_codebook(x, torch.ones(1), codebook="nf4", block_size=64),
     "vectorwise": lambda x: fake_quantize_vectorwise(x),
+    "w4a16_matmul": lambda x: w4a16_matmul(
+        x, torch.zeros(8, dtype=torch.uint8), torch.ones(4), out_features=4, group_size=4
+    ),
 }
 
 
