@@ -37,7 +37,8 @@ class LearnedScales(QuantizationCallback):
     Scales get a group of their own in the optimizer with their layer's weight, whatever ``configure_optimizers``
     returns, without weight decay; schedulers go on with it. They begin where the squared error is least: those of
     weights when quantization starts, those of activations with what calibration saw, or the first batch. While they
-    stand still (before the start, frozen) they get no gradient.
+    stand still (before the start, frozen) they get no gradient. Where a scale is derived anew because its bits change,
+    the optimizer forgets it: momentum and the size of gradients were those of another grid.
 
     Args:
         lr: learning rate of the scales; None is that of the group which has their layer's weight. With Adam about
@@ -135,12 +136,22 @@ class LearnedScales(QuantizationCallback):
             for parameter in parameters:
                 parameter.grad = None
         stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._forget_other_grids(optimizer, stepping)
         for quantizer, _ in self._scales:
             if isinstance(quantizer.learned, LearnedClipping) and id(quantizer.learned.exponent) in stepping:
                 quantizer.learned.add_decay()
         mine = self._in_optimizer.get(id(getattr(optimizer, "_optimizer", optimizer)), [])
         if self.clip is not None and any(parameter.grad is not None for parameter in mine):
             nn.utils.clip_grad_norm_(mine, self.clip)
+
+    def _forget_other_grids(self, optimizer: Optimizer, stepping: set[int]) -> None:
+        state = getattr(optimizer, "_optimizer", optimizer).state
+        for quantizer, parameters in self._scales:
+            learned = quantizer.learned
+            if learned is not None and learned.renewed and id(learned.exponent) in stepping:
+                learned.renewed = False
+                for parameter in parameters:
+                    state.pop(parameter, None)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -266,8 +266,8 @@ class ActivationQuantizer(FakeQuantizer):
             # What was learned stays: the scale moves as that of least error does from the old bits to the new.
             before, _ = of_observed_range(observer, self.bits, self._format.symmetric)
             after, _ = of_observed_range(observer, bits, self._format.symmetric)
-            scale, zero_point = learned.scale() * (after / before), learned.zero_point(self.bits)
-            learned.store(scale, zero_point, self.bits)
+            learned.store(learned.scale() * (after / before), learned.zero_point(self.bits), self.bits)
+            learned.renewed = True
             self._set_bits(bits)
             return
         self._set_bits(bits)

@@ -86,6 +86,7 @@ class LearnedScale(QuantizationState):
         exponent: as ``shape``, or ``[1]`` for one scale (sharding strategies take no scalars).
         offset: the zero point as a share of the grid, shaped as ``exponent``; None where ``symmetric``.
         ready: whether quantization has begun, from when on nothing but gradients moves them.
+        renewed: whether they were derived anew since an optimizer stepped, which then has to forget them.
     """
 
     exponent: nn.Parameter
@@ -93,16 +94,16 @@ class LearnedScale(QuantizationState):
 
     def __init__(self, shape: tuple[int, ...], *, symmetric: bool, name: str) -> None:
         super().__init__()
-        self.shape, self.name, self.ready = shape, name, False
+        self.shape, self.name, self.ready, self.renewed = shape, name, False, False
         fresh = partial(torch.zeros, shape or (1,), dtype=torch.float32)  # "bf16-true" builds modules in bfloat16
         self.exponent = nn.Parameter(fresh())
         self.register_parameter("offset", None if symmetric else nn.Parameter(fresh()))
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"ready": self.ready}
+        return {"ready": self.ready, "renewed": self.renewed}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.ready = bool(state["ready"])
+        self.ready, self.renewed = bool(state["ready"]), bool(state.get("renewed", False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Follow to a device, not to a dtype, as the buffers of a fixed scale."""

@@ -142,6 +142,8 @@ class WeightQuantizer(FakeQuantizer):
         if bits != self.bits:
             self._set_bits(bits)
             self._store(*self._derive(whole_weight(weight, self._shape, self.name)))
+            if self.learned is not None:
+                self.learned.renewed = True
 
     def set_frozen(self, frozen: bool, weight: Tensor) -> None:
         """Let the scale stand still at that of ``weight``, or follow the weight again."""
