@@ -78,7 +78,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         kernel = self._on_gpu() if input.is_cuda and takes_triton(self, input) else self._kernel(input)
         if kernel is not None:
             bias = self._parameters.get("bias")
-            return kernel(input, self.bias if bias is None else bias)
+            bias = self.bias if bias is None else bias
+            if bias is None or bias.shape == self.weight_shape[:1]:  # what is wrong with another, PyTorch says
+                return kernel(input, bias)
         if takes_ops(self, input):
             return linear_by_ops(self, input, self.bias)
         input, fmt = self.on_grid(input), self.weight_format

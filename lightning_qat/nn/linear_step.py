@@ -66,7 +66,9 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or not (_is_ordinary(x) and _is_ordinary(weight)):
         return False
-    if not (bias is None or _is_ordinary(bias)) or x.shape[-1] != weight.shape[1] or not native.has_kernels(x):
+    if not (bias is None or (_is_ordinary(bias) and bias.shape == weight.shape[:1])):
+        return False
+    if x.shape[-1] != weight.shape[1] or not native.has_kernels(x):
         return False
     if torch.is_grad_enabled():
         return x.requires_grad or weight.requires_grad

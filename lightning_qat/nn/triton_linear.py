@@ -102,6 +102,8 @@ def _fits(layer: QuantizedLayer, x: Tensor) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         return False
     bias: Any = layer.bias
+    if bias is not None and bias.shape != layer.weight_shape[:1]:
+        return False
     return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
 
 

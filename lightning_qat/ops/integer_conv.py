@@ -160,7 +160,7 @@ def convolve_codes(
         output: of the result.
         relu: set what is below 0 to 0.
     """
-    g = geometry
+    g, bias = geometry, None if bias is None else bias.contiguous()  # the kernel does not ask how it lies
     if not g.kernel_may_pad(codes.shape[2:]):
         codes = F.pad(codes, [p for p in reversed(g.padding) for _ in range(2)], value=grid.codes.zero_point)
         g = replace(g, padding=(0,) * len(g.padding))

@@ -342,8 +342,9 @@ def multiply_codes(rows: Tensor, scale: float, zero_point: int, weight: LinearWe
         bias: float32, ``[out_features]``, or None.
     """
     result: Any
+    bias = None if bias is None else bias.contiguous()  # neither kernel asks how it lies
     if weight.takes(rows, len(rows)):
-        held = (weight.codes, weight.sums, weight.scale, None if bias is None else bias.contiguous())
+        held = (weight.codes, weight.sums, weight.scale, bias)
         result = multiply_codes_native(rows.contiguous(), scale, zero_point, *held)
         return result
     result = _onednn().qlinear_pointwise(
