@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_qat.nn import (
     FoldedBatchNorm,
@@ -24,6 +25,7 @@ from lightning_qat.nn import (
     QuantizedLinear,
     keep_codes_inside,
 )
+from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.layer import float_type, make_quantized, supported_class
 from lightning_qat.quantizers.input_arrangement import ARRANGEMENT, by_feature_in
 from lightning_qat.schemes import TensorFormat
@@ -35,7 +37,7 @@ from lightning_qat.transforms.certificate import (
     report_of,
     report_to_save,
 )
-from lightning_qat.transforms.convert import drop_norm
+from lightning_qat.transforms.convert import drop_norm, strip_reparametrization
 from lightning_qat.transforms.prepare import leave_fast_paths
 from lightning_qat.transforms.saved_split import QuantizedFileError, split_as_saved, split_layers_saved
 
@@ -255,10 +257,12 @@ def _check_layer(folder: Path, name: str, entry: dict[str, Any], modules: dict[s
         raise QuantizedFileError(
             f"layer {name!r} is already prepared or converted; load into a freshly built float model"
         )
-    shape = list(getattr(layer, "weight", torch.empty(0)).shape)
-    if type(layer).__name__ != entry["type"] or supported_class(type(layer)) is None or shape != entry["shape"]:
+    # ``parametrize`` gives a layer a class of its own; what was converted is the class before it.
+    kind = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
+    shape = list(weight_now(layer).shape) if hasattr(layer, "weight") else [0]
+    if kind.__name__ != entry["type"] or supported_class(kind) is None or shape != entry["shape"]:
         raise QuantizedFileError(
-            f"layer {name!r} is a {type(layer).__name__} of shape {shape} in the model and a {entry['type']} of shape "
+            f"layer {name!r} is a {kind.__name__} of shape {shape} in the model and a {entry['type']} of shape "
             f"{entry['shape']} in {folder}; build the same model"
         )
     return layer
@@ -293,6 +297,7 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
         held = {key: tensors.get(prefix + key) for key in _QUANTIZED_TENSORS}
         scales = [key for key in tensors if key.startswith(prefix + "weight_scale")]  # a scheme may store several
         held |= {key[len(prefix) :]: tensors[key] for key in scales}
+        strip_reparametrization(layer)
         if prefix + "bias" in tensors and getattr(layer, "bias", None) is None:
             layer.register_parameter("bias", nn.Parameter(tensors[prefix + "bias"].clone(), requires_grad=False))
         make_quantized(
@@ -305,6 +310,7 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
             feeds_one_layer=bool(entry.get("feeds_one_layer", False)),
         )
     for name in manifest["folded_norms"]:
+        strip_reparametrization(modules[name])
         drop_norm(modules[name])
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor.dtype != tensors[name].dtype:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_qat.nn import (
@@ -143,8 +143,8 @@ def _float_weight(layer: QATLayer) -> Tensor:
     return weight
 
 
-def _strip_reparametrization(layer: nn.Module) -> None:
-    """Replace computed tensors of a copied layer, or of its BatchNorm, by their values as they are now."""
+def strip_reparametrization(layer: nn.Module) -> None:
+    """Replace computed tensors of a layer, or of its BatchNorm, by their values as they are now."""
     if parametrize.is_parametrized(layer):
         # ``remove_parametrizations`` deletes the property from the class, which the original shares.
         layer.eval()
@@ -158,10 +158,18 @@ def _strip_reparametrization(layer: nn.Module) -> None:
             remove_weight_norm(layer, hook.name)
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(layer, hook.name)
+            _drop_loading_hook(layer)
         elif isinstance(hook, prune.BasePruningMethod):
             name = f"{hook._tensor_name}_orig"  # which is written to, and may be another model's
             layer._parameters[name] = nn.Parameter(getattr(layer, name).detach().clone(), requires_grad=False)
             prune.remove(layer, hook._tensor_name)
+
+
+def _drop_loading_hook(layer: nn.Module) -> None:
+    """Remove what asks state dicts for the tensors of a spectral norm: PyTorch wraps the hook and leaves it behind."""
+    hooks = layer._load_state_dict_pre_hooks
+    for key in [k for k, h in hooks.items() if isinstance(getattr(h, "hook", h), SpectralNormLoadStateDictPreHook)]:
+        del hooks[key]
 
 
 def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
@@ -178,9 +186,9 @@ def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
     tensors |= {name: None if (t := quantizer._buffers[name]) is None else t.clone() for name in ARRANGEMENT}
     axis, feeds_one_layer = layer.channel_axis, bool(quantizer.feeds_one_layer)
     unmake_qat(layer)
-    _strip_reparametrization(layer)
+    strip_reparametrization(layer)
     if norm is not None:
-        _strip_reparametrization(norm)
+        strip_reparametrization(norm)
         factor, shift = norm_factor_and_shift(norm, layer.bias)  # type: ignore[arg-type]
         codes, scale, zero_point, fmt = _fold_into_codes(codes, scale, zero_point, factor, fmt, axis)
         layer.register_parameter("bias", nn.Parameter(shift.to(weight.dtype), requires_grad=False))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import lightning_qat as lq
 from lightning_qat.transforms.checkpoint import MANIFEST, TENSORS
@@ -198,3 +199,52 @@ def test_float_tied_weights_round_trip(tmp_path):
     twin = lq.load_quantized(path, tied())
     assert twin["out"].weight is twin["table"].weight
     assert torch.equal(twin["out"].weight, model["out"].weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        weight_norm,
+        spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.random_unstructured(prune.l1_unstructured(layer, "weight", 0.5), "bias", 0.5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_fresh_model_whose_weights_are_computed_is_filled(change, tmp_path):
+    def fresh():
+        model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        change(model[0])
+        return model
+
+    torch.manual_seed(0)
+    model, x = lq.prepare(fresh(), "int8"), torch.randn(5, 6)
+    lq.calibrate(model, [x])
+    converted = lq.convert(model)
+    lq.save_quantized(converted, tmp_path / "model")
+    loaded = lq.load_quantized(tmp_path / "model", fresh())
+    assert loaded.state_dict().keys() == converted.state_dict().keys()
+    assert torch.equal(loaded(x), converted(x))
+    other = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 6))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(lq.QuantizedFileError, match=r"layer '0' is a Linear of shape \[5, 6\]"):
+        lq.load_quantized(tmp_path / "model", other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_a_fresh_model_with_a_pruned_norm_is_filled(tmp_path):
+    def fresh():
+        model = build()
+        prune.l1_unstructured(model[1], "weight", 0.25)
+        return model
+
+    torch.manual_seed(0)
+    model, x = lq.prepare(fresh(), "int8"), torch.randn(3, 1, 8, 8)
+    lq.calibrate(model, [x])
+    converted = lq.convert(model)
+    lq.save_quantized(converted, tmp_path / "model")
+    loaded = lq.load_quantized(tmp_path / "model", fresh())
+    assert torch.equal(loaded(x), converted(x))
