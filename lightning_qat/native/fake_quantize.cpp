@@ -71,9 +71,9 @@ struct Sums {
   double scale, zero;
 };
 
-// LSQ's and LSQ+'s terms of up to kRun elements, and the gradient of x where `to` is given, which may be `grad`;
-// the fake-quantized x where `values` is.
-template <bool kZero, bool kWrites, bool kMakes, typename T>
+// LSQ's and LSQ+'s terms of up to kRun elements, and the gradient of x, `to`, which may be `grad`; the fake-quantized x
+// where `values` is given.
+template <bool kZero, bool kMakes, typename T>
 void learn_run(const T* grad, const T* __restrict x, T* to, T* __restrict values, int64_t count, Grid grid, Sums& sums) {
   float of_scale[kLanes] = {}, of_zero[kLanes] = {};
   auto lane = [&](int64_t i, int j) {
@@ -85,7 +85,7 @@ void learn_run(const T* grad, const T* __restrict x, T* to, T* __restrict values
     of_scale[j] += g * (out ? code : code - ratio);
     if (kZero) of_zero[j] += out ? -grid.scale * g : 0.0f;
     if (kMakes) store(values[i], code * grid.scale);
-    if (kWrites) store_unless(out, to[i], grad[i]);
+    store_unless(out, to[i], grad[i]);
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -102,18 +102,19 @@ void learn_run(const T* grad, const T* __restrict x, T* to, T* __restrict values
 template <bool kZero, typename T>
 Sums learn_runs(const T* grad, const T* x, T* to, T* values, int64_t begin, int64_t end, const Grid& grid) {
   Sums sums{0.0, 0.0};
+  T unread[kRun];  // with nothing to write GCC 12 makes no vectors of it: ten times as slow
   for (; begin < end; begin += kRun) {
     const int64_t count = end - begin < kRun ? end - begin : kRun;
     const T *g = grad + begin, *v = x + begin;
-    if (to && values) learn_run<kZero, true, true>(g, v, to + begin, values + begin, count, grid, sums);
-    else if (to) learn_run<kZero, true, false>(g, v, to + begin, values, count, grid, sums);
-    else if (values) learn_run<kZero, false, true>(g, v, to, values + begin, count, grid, sums);
-    else learn_run<kZero, false, false>(g, v, to, values, count, grid, sums);
+    T* target = to ? to + begin : unread;
+    if (values) learn_run<kZero, true>(g, v, target, values + begin, count, grid, sums);
+    else learn_run<kZero, false>(g, v, target, values, count, grid, sums);
   }
   return sums;
 }
 
-// `sums` has two numbers for each row, [outer * channels, 2]; a single row has them for each kPiece of its elements.
+// `sums` has two numbers for each row, [outer * channels, 2]; a single row has them for each kPiece of its elements,
+// and those of all in the end where the first piece's were.
 template <bool kZero, typename T>
 void learn(const T* grad, const T* x, T* to, T* values, int64_t rows, int64_t channels, int64_t inner,
            const Parameters& all, Sums* sums, int32_t threads) {
@@ -124,6 +125,10 @@ void learn(const T* grad, const T* x, T* to, T* values, int64_t rows, int64_t ch
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t begin = piece * length, end = begin + length < count ? begin + length : count;
     sums[piece] = learn_runs<kZero>(grad, x, to, values, begin, end, all.at(single ? 0 : piece % channels));
+  }
+  for (int64_t piece = 1; single && piece < pieces; ++piece) {
+    sums[0].scale += sums[piece].scale;
+    sums[0].zero += sums[piece].zero;
   }
 }
 
@@ -333,6 +338,18 @@ void row_extremes(const T* x, int64_t rows, int64_t columns, float* low, float* 
                                       int32_t threads) {                                                             \
     row_extremes<T>(x, rows, columns, low, high, threads);                                                           \
   }
+
+// The gradients of exponents, of those of their scales: exponent_gradient of quantizers/scale_gradients.py.
+extern "C" void exponent_gradients(const double* sums, int64_t count, const float* scale, float factor, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, scale + i, 4);
+    bits &= 0x7f800000u;  // the power of two below it
+    float slope;
+    std::memcpy(&slope, &bits, 4);
+    out[i] = static_cast<float>(sums[2 * i]) * factor / slope;
+  }
+}
 
 FAMILY(float32, float)
 FAMILY(bfloat16, BFloat16)

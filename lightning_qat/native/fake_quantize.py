@@ -27,6 +27,7 @@ _FAMILY = FloatFamily(
         "quantize_by_absmax": "ppqqpfffi",
         "row_extremes": "pqqppi",
     },
+    {"exponent_gradients": "pqpfp"},
 )
 
 _ZERO_KINDS = {torch.float32: 1, torch.int32: 2}
@@ -123,9 +124,25 @@ def learned_sums(
     sums = torch.empty(pieces, 2, dtype=torch.float64, device="cpu")
     addresses = grad.data_ptr(), x.data_ptr(), *(0 if t is None else t.data_ptr() for t in (out, values))
     function(*addresses, *layout, *grid, quant_min, quant_max, sums.data_ptr(), threads_for(x.numel()))
-    if pieces == channels:
-        return sums
+    if pieces == channels or channels * outer == 1:
+        return sums[:channels]
     return sums.view(-1, channels, 2).sum(0)
+
+
+def exponent_gradients(sums: Tensor, scale: Tensor, factor: float) -> Tensor | None:
+    """Return what ``scale_gradients.exponent_gradient`` does of the first column, float32; None without kernel.
+
+    Args:
+        sums: of :func:`learned_sums`, ``[C, 2]``.
+        scale: contiguous float32, ``C`` elements.
+        factor: of the gradients.
+    """
+    functions = _FAMILY.functions()
+    if functions is None:
+        return None
+    found = torch.empty(scale.shape, dtype=torch.float32, device="cpu")
+    functions.exponent_gradients(sums.data_ptr(), scale.numel(), scale.data_ptr(), factor, found.data_ptr())
+    return found
 
 
 def observe(

@@ -117,15 +117,17 @@ class FloatFamily(Family):
     Args:
         name: of the source file.
         signatures: name of each function, without the dtype it ends in -> letters of its arguments.
+        others: those of functions that there are once.
     """
 
-    def __init__(self, name: str, signatures: dict[str, str]) -> None:
+    def __init__(self, name: str, signatures: dict[str, str], others: dict[str, str] | None = None) -> None:
         self._names = {
             (function, dtype): f"{function}_{str(dtype).removeprefix('torch.')}"
             for function in signatures
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         }
-        super().__init__(name, {full: signatures[function] for (function, _), full in self._names.items()})
+        found = {full: signatures[function] for (function, _), full in self._names.items()}
+        super().__init__(name, {**found, **(others or {})})
 
     def of(self, function: str, dtype: torch.dtype) -> Any:
         """Return a function for ``dtype``, or None where there is none to use."""

@@ -19,7 +19,7 @@ from lightning_qat.ops.fake_quantize_cpu import as_read
 from lightning_qat.ops.layout import NO_AXIS, NO_GROUP, empty_codes, empty_result, empty_values
 from lightning_qat.ops.straight_through import fake_quantize_kernel, grid_for, input_gradient, learned_gradients
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
-from lightning_qat.quantizers.learned_scale import parameter_gradients
+from lightning_qat.quantizers.scale_gradients import gradients_of_sums, parameter_gradients
 from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.schemes.integer import IntegerScheme
@@ -96,17 +96,15 @@ class StepTensor:
             return self._inside(grad, x) if wanted else None, None, None
         _, scale, zero_point, quant_min, quant_max = self.grid
         sums = native.learned_sums(grad, x, grad if wanted else None, *self.grid, values=values)
-        of_zero: Tensor | None
-        if sums is None:
+        flat, levels = scale.view(self.learned.exponent.shape), quant_max - quant_min
+        if sums is not None:
+            parameters = gradients_of_sums(sums, flat, self._offset, self.factor, levels)
+        else:
             if values is not None:
                 values.copy_(self.values(x))
             grid: Any = self._for_ops()[2:]
             grad, of_scale, of_zero = learned_gradients(grad, x, scale, zero_point, grid, wanted, values)
-        else:
-            of_scale = sums[:, 0].to(torch.float32)
-            of_zero = None if zero_point is None else sums[:, 1].to(torch.float32)
-        flat = scale.view(self.learned.exponent.shape)
-        parameters = parameter_gradients(of_scale, of_zero, flat, self._offset, self.factor, quant_max - quant_min)
+            parameters = parameter_gradients(of_scale, of_zero, flat, self._offset, self.factor, levels)
         return grad if wanted else None, *parameters
 
     def _inside(self, grad: Tensor, x: Tensor) -> Tensor:

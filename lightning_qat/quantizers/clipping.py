@@ -24,7 +24,8 @@ from lightning_qat.ops.straight_through import (
     fake_quantize_kernel,
     input_gradient,
 )
-from lightning_qat.quantizers.learned_scale import LearnedScale, exponent_gradient, slope_of
+from lightning_qat.quantizers.learned_scale import LearnedScale
+from lightning_qat.quantizers.scale_gradients import exponent_gradient, slope_of
 from lightning_qat.schemes import Scheme, TensorFormat
 
 

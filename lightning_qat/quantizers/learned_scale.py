@@ -39,11 +39,12 @@ from lightning_qat.ops.straight_through import (
     learned_gradients,
 )
 from lightning_qat.quantizers.observers import Observer
+from lightning_qat.quantizers.scale_gradients import exponent_gradient, offset_gradient, parameter_gradients
 from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.schemes import Scheme, TensorFormat, rows_of, scale_shape
 
-#: Bits of a float32's mantissa as a factor, and the bit patterns of 1.0 and of all exponents.
-_MANTISSA, _ONE, _EXPONENT_BITS = float(2**23), 0x3F800000, 0x7F800000
+#: Bits of a float32's mantissa as a factor, and the bit pattern of 1.0.
+_MANTISSA, _ONE = float(2**23), 0x3F800000
 
 _SINGLE, _PATTERN = struct.Struct("f"), struct.Struct("i")
 
@@ -67,11 +68,6 @@ def scale_of(exponent: Tensor) -> Tensor:
 def exponent_of(scale: Tensor) -> Tensor:
     """Return the exponents, float32, of positive float32 scales; exact to the precision of a float32."""
     return (scale.detach().to(torch.float32).contiguous().view(torch.int32) - _ONE).to(torch.float32) / _MANTISSA
-
-
-def slope_of(scale: Tensor) -> Tensor:
-    """Return what a scale grows by where its exponent grows by 1: the power of two below it."""
-    return (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
 
 
 class LearnedScale(QuantizationState):
@@ -296,38 +292,6 @@ def _position(offset: Tensor, bits: int) -> Tensor:
     return offset.clamp(0.0, 1.0) * float(2**bits - 1)
 
 
-def exponent_gradient(grad: Tensor, scale: Tensor, factor: float) -> Tensor:
-    """Return the exponent's gradient, of the scale's."""
-    if scale.numel() == 1 and takes_pieces(scale, grad):  # as of ``scale_of``
-        slope = 2.0 ** (math.frexp(scale.item())[1] - 1)
-        return full_float32(grad.shape, grad.item() * factor / slope)
-    return grad.to(torch.float32) * factor / slope_of(scale)
-
-
-def _offset_gradient(grad: Tensor, offset: Tensor, scale: Tensor, factor: float, levels: int) -> Tensor:
-    if scale.numel() == 1 and takes_pieces(scale, grad, offset):
-        place, slope = offset.item(), grad.item() * factor / levels
-        ends = (place <= 0 and slope > 0) or (place >= 1 and slope < 0)
-        return full_float32(grad.shape, 0.0 if ends else slope / scale.item() ** 2)
-    result = grad.to(torch.float32) * (factor / levels) / (scale * scale)
-    # At the grid's ends only the way back is open.
-    outward = ((offset <= 0) & (result > 0)) | ((offset >= 1) & (result < 0))
-    return result.masked_fill(outward, 0.0)
-
-
-def parameter_gradients(
-    of_scale: Tensor, of_zero: Tensor | None, scale: Tensor, offset: Tensor | None, factor: float, levels: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of exponent and offset, shaped as ``scale``, from those of scale and zero point.
-
-    ``levels`` is the largest less the smallest code; ``scale`` and ``offset`` are as they were.
-    """
-    exponent = exponent_gradient(of_scale.view_as(scale), scale, factor)
-    if offset is None or of_zero is None:
-        return exponent, None
-    return exponent, _offset_gradient(of_zero.view_as(scale), offset.view_as(scale), scale, factor, levels)
-
-
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exponent: Tensor, factor: float) -> Tensor:
@@ -351,7 +315,7 @@ class _ZeroPoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         offset, scale = ctx.saved_tensors
-        return _offset_gradient(grad, offset, scale, ctx.factor, ctx.levels), None, None, None
+        return offset_gradient(grad, offset, scale, ctx.factor, ctx.levels), None, None, None
 
 
 class _Joined(torch.autograd.Function):
