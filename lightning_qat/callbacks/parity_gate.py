@@ -23,7 +23,7 @@ from lightning_qat.callbacks.calibration_run import (
     inert_steps,
     without_effects,
 )
-from lightning_qat.transforms.certificate import ParityReport
+from lightning_qat.transforms.certificate import ParityReport, fingerprint_of, keep_fit_report
 from lightning_qat.transforms.convert import convert
 from lightning_qat.transforms.parity import check_parity
 from lightning_qat.transforms.prepare import qat_layers
@@ -95,12 +95,15 @@ def _compare(trainer: pl.Trainer, module: pl.LightningModule, batches: int) -> P
         stack.enter_context(_validating(trainer, step_name))
         stack.enter_context(step_context)
         converted = convert(module)
+        fingerprint = fingerprint_of(converted)
         converted.trainer = trainer
         stack.enter_context(without_effects(module))
         stack.enter_context(inert_steps(converted))
         report = check_parity(module, converted, batches_of(trainer, loader, int(min(batches, limit))), run)
     means = {whose: {key: sum(v) / len(v) for key, v in found.items()} for whose, found in logged.items()}
-    return report.with_metrics(means[True], means[False])
+    report = report.with_metrics(means[True], means[False])
+    keep_fit_report(module, report, fingerprint)  # what is converted later may be the very same
+    return report
 
 
 def _loader_and_step(

@@ -36,7 +36,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         certify: after fit, convert a copy and compare it, layer by layer, with the model that trained, on two
             batches of the validation loader. What is found is logged (``parity/worst_layer_sqnr``,
             ``parity/output_sqnr``) and kept in the attribute ``certificate``, a :class:`ParityReport`; a
-            failure is a warning. The model stays as it is.
+            failure is a warning. The model stays as it is; converted and saved as it is then, it has that report as
+            its certificate.
 
     Steps are optimizer steps (``1000``), fractions of the run (``0.3``) or epochs (``"3 epochs"``).
 

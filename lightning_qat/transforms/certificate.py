@@ -19,6 +19,8 @@ CERTIFICATE = "certificate.json"
 _VERSION = 1
 #: Where a converted model keeps its report and the fingerprint of the tensors it was made of.
 _KEPT = "_parity_report"
+#: Where a trained model keeps what was found when a copy of it was converted at the end of its fit.
+_OF_THE_FIT = "_fit_parity_report"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +238,7 @@ def _numbers(kind: Any, entry: Mapping[str, Any]) -> Any:
     return kind(**{key: v if key in exact or v is None else float(v) for key, v in entry.items()})
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint_of(model: nn.Module) -> str:
     """Return a hash of the tensors of ``model``, the same on every device."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -253,7 +255,20 @@ def _fingerprint(model: nn.Module) -> str:
 def attach_report(converted: nn.Module, report: ParityReport) -> None:
     """Keep ``report`` on the model that it is about, so that saving writes it as the certificate."""
     model = getattr(converted, "_orig_mod", converted)
-    model.__dict__[_KEPT] = (report, _fingerprint(model))
+    model.__dict__[_KEPT] = (report, fingerprint_of(model))
+
+
+def keep_fit_report(trained: nn.Module, report: ParityReport, fingerprint: str) -> None:
+    """Keep on ``trained`` what was found of a converted copy with ``fingerprint``."""
+    trained.__dict__[_OF_THE_FIT] = (report, fingerprint)
+
+
+def inherit_fit_report(trained: nn.Module, converted: nn.Module) -> None:
+    """Give ``converted`` the report that was made when the fit of ``trained`` ended, if its tensors are the same."""
+    converted.__dict__.pop(_OF_THE_FIT, None)  # it is a copy
+    report, fingerprint = trained.__dict__.get(_OF_THE_FIT, (None, ""))
+    if report is not None and fingerprint_of(converted) == fingerprint:
+        attach_report(converted, report)
 
 
 def parity_report(converted: nn.Module) -> ParityReport | None:
@@ -265,7 +280,7 @@ def parity_report(converted: nn.Module) -> ParityReport | None:
 def report_to_save(converted: nn.Module) -> ParityReport | None:
     """Return the report of a model that still is the one it was made of, or None."""
     report, fingerprint = converted.__dict__.get(_KEPT, (None, ""))
-    if report is not None and fingerprint != _fingerprint(converted):
+    if report is not None and fingerprint != fingerprint_of(converted):
         logger.warning("the model was changed after it was verified: it is saved without %s", CERTIFICATE)
         return None
     return report

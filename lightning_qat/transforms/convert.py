@@ -30,6 +30,7 @@ from lightning_qat.quantizers.input_arrangement import ARRANGEMENT
 from lightning_qat.quantizers.learned_scale import LearnedScale, check_scales
 from lightning_qat.quantizers.sharded import is_sharded
 from lightning_qat.schemes import TensorFormat, get_scheme
+from lightning_qat.transforms.certificate import inherit_fit_report
 from lightning_qat.transforms.fuse import trace_folds
 from lightning_qat.transforms.prepare import _PLAN, copy_model, leave_fast_paths, qat_layers
 
@@ -259,6 +260,7 @@ def convert(
         model: a prepared ``nn.Module`` or ``LightningModule``.
         verify: batches, as :func:`calibrate` takes them, that both models are run on: see
             :func:`check_parity`. The report stays with the result, and saving it writes it as the certificate.
+            None takes over what :class:`QuantizationAwareTraining` found at the end of a fit, if nothing changed since.
         forward: called as ``forward(model, batch)`` to run a batch of ``verify`` otherwise.
 
     Raises:
@@ -273,6 +275,7 @@ def convert(
     trace_folds(converted)
     convert_layers(converted, qat_layers(converted))
     finish_conversion(converted)
+    inherit_fit_report(original, converted)
     if verify is not None:
         from lightning_qat.transforms.parity import certify  # the gate stands on conversion
 

@@ -91,7 +91,7 @@ def test_the_module_and_the_run_are_bit_identical_to_one_without(tmp_path, valid
     assert one.accuracy._update_count == two.accuracy._update_count
     assert len(one.losses) == len(two.losses)
     assert one.record == two.record
-    assert one.__dict__.keys() == two.__dict__.keys()
+    assert one.__dict__.keys() - {"_fit_parity_report"} == two.__dict__.keys()  # for convert to take over
     assert [len(m._forward_hooks) for m in one.modules()] == [len(m._forward_hooks) for m in two.modules()]
     rows = logged_rows(first, without=("parity/",))
     assert rows == logged_rows(second)
@@ -209,3 +209,22 @@ def test_bare_modules(tmp_path, validation):
         trainer(tmp_path, [callback]).fit(module, loader(), loaders)
     assert callback.certificate.passed
     assert (callback.certificate.output_sqnr_db is not None) == validation  # the step's own return value
+
+
+def test_what_is_converted_after_the_fit_is_saved_with_its_certificate(tmp_path):
+    module, callback, _ = fit(tmp_path)
+    quantized = lq.convert(module)
+    lq.save_quantized(quantized, tmp_path / "model")
+    assert lq.read_certificate(tmp_path / "model") == callback.certificate
+    assert {metric.name for metric in callback.certificate.metrics} >= {"val/loss"}
+    again = lq.convert(module, verify=[torch.randn(2, 1, 8, 8)])
+    assert lq.transforms.parity_report(again).batches == 1  # the newer one
+    assert again.__dict__.keys() == quantized.__dict__.keys()
+
+
+def test_what_changed_after_the_fit_has_no_certificate(tmp_path):
+    module, _, _ = fit(tmp_path)
+    with torch.no_grad():
+        module.head.bias[0] += 1.0
+    lq.save_quantized(lq.convert(module), tmp_path / "model")
+    assert lq.read_certificate(tmp_path / "model") is None
