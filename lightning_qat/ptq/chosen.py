@@ -25,7 +25,8 @@ class ChosenCodes:
         format: how to read the codes.
         loss: ``tr((W - Q) G (W - Q)^T)`` with the Gram matrix ``G`` of the layer's inputs: the squared error of its
             outputs, summed over everything seen in calibration.
-        nearest_loss: the same for every weight rounded to its nearest code on the grid of its extremes.
+        nearest_loss: the same for every weight rounded to its nearest code on the grid of its extremes; NaN where
+            nobody asked.
         damping: share of the mean diagonal that was added to ``G``'s; 0 where nothing was solved.
         notes: what a reader of the report should know: dead columns, a rescue and its reason.
         order: int64 ``[in_features]``: which column of the weight each column of ``codes`` is, where groups are of

@@ -324,7 +324,7 @@ class Engine:
             chosen.format.bits,
             layer.weight.numel(),
             chosen.loss if known else None,
-            chosen.nearest_loss if known else None,
+            chosen.nearest_loss if known and chosen.nearest_loss == chosen.nearest_loss else None,
             chosen.damping,
             (*notes, *chosen.notes),
             watch.seconds(),

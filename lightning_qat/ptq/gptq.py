@@ -6,6 +6,7 @@ et al. 2023); by default scales are searched for, and codes and scales refined b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +55,8 @@ class GPTQOptions:
             weights, ``"gram"`` of the weights weighted by the power of their inputs.
         sweeps: passes of coordinate descent over the codes that follow, each of which makes the loss smaller.
         refit_scales: fit the scales to the codes in each of these.
+        compare: work out what the nearest codes would lose, report it, and take them where that is less. It costs a
+            product of the weight and the Gram matrix, about a third of the published algorithm's time.
     """
 
     damping: float = 0.01
@@ -63,12 +66,13 @@ class GPTQOptions:
     scale_search: str = "gram"
     sweeps: int = 3
     refit_scales: bool = True
+    compare: bool = True
 
     def __post_init__(self) -> None:
         damping = self.damping
         if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping <= 1:
             raise ValueError(f"damping={damping!r} is not allowed; use a number in [0, 1], such as 0.01")
-        for name in ("activation_order", "static_groups", "refit_scales"):
+        for name in ("activation_order", "static_groups", "refit_scales", "compare"):
             check_bool(name, getattr(self, name))
         check_int("block_size", self.block_size, 1)
         check_int("sweeps", self.sweeps, 0)
@@ -89,7 +93,7 @@ def choose_gptq(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
 ) -> ChosenCodes:
-    """Return codes for ``weight`` whose outputs are off by little; never by more than with the nearest codes.
+    """Return codes for ``weight`` whose outputs are off by little; never by more than with the nearest, if compared.
 
     Where the Gram matrix cannot be used, because it is not finite or cannot be inverted with any damping, each weight
     gets its nearest code; ``notes`` of the result say so.
@@ -117,17 +121,18 @@ def choose_gptq(
     if scale is not None:
         zero = torch.zeros_like(scale) if zero_point is None else zero_point
         given = (scale.detach().to(torch.float32), zero.detach().to(torch.int32))
-    nearest = choose_nearest(weight, gram, fmt, *(given or ()))
     solved, notes = _solve(gram, options)
     if solved is None:
-        return replace(nearest, notes=notes)
+        return replace(choose_nearest(weight, gram, fmt, *(given or ())), notes=notes)
+    nearest = choose_nearest(weight, gram, fmt, *(given or ())) if options.compare else None
     chosen = _choose(weight, solved, fmt, options, given)
     codes, loss = _settled(weight, gram, fmt, solved, chosen)
-    if not loss <= nearest.loss:
+    if nearest is not None and not loss <= nearest.loss:
         notes += (f"rounding to nearest loses less, {nearest.loss:.6g} instead of {loss:.6g}, and was taken",)
         return replace(nearest, damping=solved.damping, notes=notes)
     kept = None if fmt.symmetric else chosen.zero_point
-    return ChosenCodes(codes, chosen.scale, kept, fmt, loss, nearest.nearest_loss, solved.damping, notes)
+    nearest_loss = math.nan if nearest is None else nearest.nearest_loss
+    return ChosenCodes(codes, chosen.scale, kept, fmt, loss, nearest_loss, solved.damping, notes)
 
 
 def choose_ordered(

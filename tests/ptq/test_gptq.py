@@ -161,6 +161,20 @@ def test_codes_are_gptqmodels() -> None:
 # --- every grid -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [GPTQOptions(), GPTQOptions.published()], ids=["default", "published"])
+def test_codes_do_not_depend_on_the_comparison(options: GPTQOptions) -> None:
+    weight, gram = layer(24, 128)
+    fmt = weight_format(QuantizationConfig("int4", group_size=32), weight.shape)
+    compared = choose_gptq(weight, gram, fmt, options)
+    alone = choose_gptq(weight, gram, fmt, replace(options, compare=False))
+    assert torch.equal(alone.codes, compared.codes)
+    assert torch.equal(alone.scale, compared.scale)
+    assert alone.loss == compared.loss
+    assert math.isnan(alone.nearest_loss)
+    broken = gram.index_fill(0, torch.tensor([0]), math.nan)  # what cannot be solved is rounded to nearest all the same
+    assert "rounded to nearest" in choose_gptq(weight, broken, fmt, replace(options, compare=False)).notes[0]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("options", [GPTQOptions(), GPTQOptions.published()], ids=["default", "published"])
 def test_every_grid_loses_less_than_the_nearest_codes_and_ships(name: str, options: GPTQOptions) -> None:
