@@ -214,6 +214,8 @@ class QATMultiheadAttention(CalledProjections):
     def _project(self, query: Tensor, key: Tensor, value: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
         layers: list[Any] = [getattr(self, name) for name in INPUT_PROJECTIONS]
         q_proj, k_proj, v_proj = layers
+        if not all(_in_float(layer) for layer in layers):  # in a float phase another layout would round otherwise
+            query, key, value = _laid_out(query, key, value)
         k_follows = _follows(k_proj, q_proj, key is query)
         v_follows = _follows(v_proj, k_proj, value is key)
         observes = k_follows or v_follows
@@ -232,6 +234,16 @@ class QATMultiheadAttention(CalledProjections):
             if isinstance(layer, QATProjection):
                 layer.given = made
         return q_proj(query), k_proj(key), v_proj(value)
+
+
+def _laid_out(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the inputs as matrix products read them; the same tensors stay the same object.
+
+    Each product would make, and keep, a copy of its own of what is fake-quantized in another layout.
+    """
+    q = query.contiguous()
+    k = q if key is query else key.contiguous()
+    return q, k, k if value is key else value.contiguous()
 
 
 def _follows(layer: Any, leader: Any, same_tensor: bool) -> bool:
