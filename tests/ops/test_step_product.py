@@ -18,8 +18,8 @@ needs_kernel = pytest.mark.skipif(not step_product._takes_plain_weights(), reaso
 @needs_kernel
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 300), st.integers(1, 200), st.integers(1, 130), st.integers(0, 255), st.booleans(), st.booleans(),
-    st.integers(0, 2**16),
+    st.integers(1, 300), st.sampled_from([64, 128, 192, 320]), st.integers(1, 130),
+    st.integers(0, 255) | st.just(0), st.booleans(), st.booleans(), st.integers(0, 2**16),
 )  # fmt: skip
 def test_the_sums_are_those_of_int64(tokens, columns, rows, zero_point, per_row, has_bias, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -44,11 +44,28 @@ def test_powers_of_two_leave_nothing_to_round():
     assert torch.equal(found.double(), ((codes.long() - 7) @ weight.long()).float().double())
 
 
+@needs_kernel
+@pytest.mark.parametrize("columns", [64, 100, 136, 160, 256, 288, 320, 784, 832, 1000])
+@pytest.mark.parametrize("rows", [64, 300])
+def test_sums_without_a_zero_point_where_the_product_pays(rows, columns):
+    """As after ReLU. Kernels for blocks that are not full were wrong there, and there alone."""
+    tokens = 2**24 // (columns * rows) + 64
+    codes, weight = torch.randint(0, 256, (tokens, columns)), torch.randint(-128, 128, (columns, rows))
+    if product_pays(tokens, rows, columns):
+        one = torch.ones(1)
+        found = codes_product(codes.to(torch.uint8), 1.0, 0, weight.to(torch.int8), one, None)
+        assert torch.equal(found, codes.float() @ weight.float())  # every sum is below 2**24
+    else:
+        assert columns % 64 != 0
+
+
 def test_it_is_for_large_products_of_many_tokens(monkeypatch):
     monkeypatch.setattr(step_product, "_takes_plain_weights", lambda: True)
     assert product_pays(1024, 256, 256)
     assert not product_pays(1024, 8, 256)
     assert not product_pays(32, 4096, 4096)  # making the codes of the weight takes longer than they save
-    assert not product_pays(1024, 256, MAX_TERMS + 1)  # sums may leave int32
+    assert not product_pays(1024, 256, (MAX_TERMS // 64 + 1) * 64)  # sums may leave int32
+    assert product_pays(1024, 256, 768)
+    assert not product_pays(1024, 256, 784)  # blocks of the kernel that are not full
     monkeypatch.setattr(step_product, "_takes_plain_weights", lambda: False)
     assert not product_pays(1024, 256, 256)
