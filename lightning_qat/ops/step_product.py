@@ -8,24 +8,31 @@ be used once. 1024 tokens, two cores, milliseconds of this with the weight's cod
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_qat.ops.integer_linear import MAX_TERMS, linear_is_exact
+from lightning_qat.ops.integer_linear import MAX_TERMS, linear_is_exact, multiply_codes, pack_linear
+
+_LOG = logging.getLogger(__name__)
 
 #: With fewer products, or fewer tokens for each weight's code that is made, the float product takes as long.
 _FEWEST_PRODUCTS, _FEWEST_TOKENS = 2**24, 64
 #: oneDNN 3.12's kernel for AMX takes a weight that is not packed wrongly where its columns do not fill blocks and the
 #: zero point is 0, as after ReLU: 300 tokens, 64 x 784, gave other sums in half of the rows, now these, now those.
 _BLOCK = 64
+#: What a shape is tried with before it is relied on: tokens at most, and zero points.
+_TRIED_TOKENS, _TRIED_ZERO_POINTS = 1024, (0, 131)
 
 
 def product_pays(tokens: int, rows: int, columns: int) -> bool:
     """Return whether the product of so many tokens and a weight ``[rows, columns]`` is to be one of integers."""
     large = tokens >= _FEWEST_TOKENS and tokens * rows * columns >= _FEWEST_PRODUCTS
-    return large and columns % _BLOCK == 0 and columns <= MAX_TERMS and _takes_plain_weights()
+    if not (large and columns % _BLOCK == 0 and columns <= MAX_TERMS and _takes_plain_weights()):
+        return False
+    return _is_right(min(tokens, _TRIED_TOKENS), rows, columns, torch.get_num_threads())
 
 
 def codes_product(
@@ -47,6 +54,30 @@ def codes_product(
         codes, scale, zero_point, weight.to_mkldnn(), scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
     )
     return result
+
+
+@lru_cache(maxsize=1024)
+def _is_right(tokens: int, rows: int, columns: int, threads: int) -> bool:
+    """Return whether a product of this shape equals that of the packed weight, which converted layers have; tried once.
+
+    Few others give that kernel weights that are not packed, so it is not taken at its word.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(tokens + rows + columns)  # nobody else's random numbers
+    codes = torch.randint(0, 256, (tokens, columns), generator=generator, dtype=torch.uint8, device="cpu")
+    weight = torch.randint(-128, 128, (columns, rows), generator=generator, dtype=torch.int8, device="cpu")
+    scale = torch.rand(rows, generator=generator, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        packed = pack_linear(weight.t(), scale, few=False)
+        for zero_point in _TRIED_ZERO_POINTS:
+            expected = multiply_codes(codes, 0.5, zero_point, packed, None)
+            torch.full_like(codes, 0xA5).repeat(8, 1)  # what a kernel might read without having written it
+            if not torch.equal(codes_product(codes, 0.5, zero_point, weight, scale, None), expected):
+                _LOG.warning(
+                    "oneDNN's product of %d x %d codes with a weight of %d rows is not the one due; float products "
+                    "are taken", tokens, columns, rows,
+                )  # fmt: skip
+                return False
+    return True
 
 
 @lru_cache(maxsize=1)

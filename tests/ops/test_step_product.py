@@ -59,8 +59,29 @@ def test_sums_without_a_zero_point_where_the_product_pays(rows, columns):
         assert columns % 64 != 0
 
 
+@needs_kernel
+def test_a_shape_whose_sums_are_wrong_is_not_taken(monkeypatch, caplog):
+    product = step_product.codes_product
+
+    def wrong(codes, *others):
+        result = product(codes, *others)
+        result[-1, -1] += 1.0
+        return result
+
+    monkeypatch.setattr(step_product, "codes_product", wrong)
+    assert not product_pays(700, 200, 320)
+    assert "700 x 320 codes with a weight of 200 rows" in caplog.text
+    monkeypatch.undo()
+    assert not product_pays(700, 200, 320)  # it is remembered
+    step_product._is_right.cache_clear()
+    state = torch.get_rng_state()
+    assert product_pays(700, 200, 320)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_it_is_for_large_products_of_many_tokens(monkeypatch):
     monkeypatch.setattr(step_product, "_takes_plain_weights", lambda: True)
+    monkeypatch.setattr(step_product, "_is_right", lambda *shape: True)
     assert product_pays(1024, 256, 256)
     assert not product_pays(1024, 8, 256)
     assert not product_pays(32, 4096, 4096)  # making the codes of the weight takes longer than they save
