@@ -145,7 +145,8 @@ def _of_codes(
         return F.linear(of_x.values(kept), of_weight.values(weight), bias), kept
     scale: Tensor = of_weight.grid[1]  # type: ignore[index]
     product = codes_product(codes.view(-1, x.shape[-1]), *of_x.step_and_zero(), of_columns, scale, bias)
-    return product.view(*x.shape[:-1], len(weight)), kept
+    # Not ``view``: what is returned is to be changed in place, as by ``nn.ReLU(inplace=True)``, and a view may not be.
+    return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], len(weight))), kept
 
 
 def _saved(ctx: Any, name: str) -> tuple[Tensor, Tensor]:

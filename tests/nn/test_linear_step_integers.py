@@ -132,6 +132,17 @@ def test_kept_weights_give_the_same(products, name):
     assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
 
 
+@pytest.mark.parametrize("shape", [(TOKENS, IN), (3, TOKENS // 3, IN)])
+@pytest.mark.parametrize("name", ["int8", "learned"])
+def test_the_output_may_be_changed_in_place(products, name, shape):
+    found = []
+    for inplace in (False, True):
+        model = nn.Sequential(layer(CONFIGS[name], PHASES[0])[0], nn.ReLU(inplace))
+        found.append(step(model, randn(*shape, seed=1), randn(*shape[:-1], OUT, seed=2)))
+    assert products.call_count == 2
+    assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
+
+
 @pytest.mark.parametrize("name", ["int8", "learned"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same(products, reentrant, name):
