@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ def assert_rank_equal(
     *,
     ranks: int = 2,
     folder: str | Path | None = None,
-    start_method: str = "spawn",
+    start_method: str | None = None,
     seed: int = 0,
     **trainer_options: Any,
 ) -> None:
@@ -35,26 +37,28 @@ def assert_rank_equal(
     Processes of one thread each train with DDP over gloo on the CPU.
 
     Args:
-        make_module: returns a new module. With ``start_method="spawn"`` this and the next two are functions at the top
-            of a module that the new processes can import.
+        make_module: returns a new module.
         make_data: returns new data: a ``LightningDataModule``, a training loader, or a tuple of a training and a
             validation loader.
         callbacks: returns new quantization callbacks for a Trainer.
         ranks: how many.
         folder: where results go for the time being; None is a temporary folder.
-        start_method: of the processes; ``"fork"`` takes any functions, and may hang where this process has run
-            threads or a GPU.
+        start_method: of the processes; ``"spawn"`` needs functions at the top of a module that the new processes can
+            import, ``"fork"`` takes any, and may hang where this process has run threads or a GPU. None is
+            ``"spawn"`` where the three functions and the options allow it.
         seed: of the random numbers, the same on all ranks.
         **trainer_options: of the Trainer; two epochs unless they say otherwise.
 
     Raises:
         AssertionError: naming the rank, the first step and the tensor that differ.
         RuntimeError: a rank failed, with its traceback.
+        ValueError: there is no way to start processes with these functions.
     """
+    method = start_method or _start_method(make_module, make_data, callbacks, trainer_options)
     with tempfile.TemporaryDirectory(dir=folder) as where:
         job = (make_module, make_data, callbacks, ranks, where, _free_port(), seed, trainer_options)
         try:
-            mp.start_processes(_run_rank, args=job, nprocs=ranks, start_method=start_method)
+            mp.start_processes(_run_rank, args=job, nprocs=ranks, start_method=method)
         except mp.ProcessRaisedException as error:
             raise RuntimeError(f"assert_rank_equal: a rank failed. {error}") from error
         records: list[Record] = [torch.load(_path(where, r), weights_only=False) for r in range(ranks)]
@@ -66,6 +70,20 @@ def assert_rank_equal(
         difference = records[0].first_difference(record)
         if difference is not None:
             raise AssertionError(f"rank {rank} differs from rank 0 {difference}")
+
+
+def _start_method(*passed: Any) -> str:
+    """Return how to start processes that are passed these objects."""
+    try:
+        pickle.dumps(passed)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise ValueError(
+                f"assert_rank_equal starts processes, which need functions at the top of a module here: {error}; "
+                "define them there, without lambda"
+            ) from None
+        return "fork"
+    return "spawn"
 
 
 def _path(folder: str, rank: int) -> Path:

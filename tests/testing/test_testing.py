@@ -204,6 +204,14 @@ def test_processes_may_be_spawned(tmp_path):
     assert_rank_equal(Classifier, loader, list, folder=tmp_path, **{**RANKS, "start_method": "spawn"})
 
 
+def test_functions_made_in_a_test_run_on_ranks_too(tmp_path):
+    class Local(Classifier):
+        pass
+
+    options = {"max_epochs": 1, "limit_train_batches": 2}
+    assert_rank_equal(lambda: Local(), loader, lambda: alone(), folder=tmp_path, **options)
+
+
 def test_a_rank_that_fails_is_told(tmp_path):
     class Failing(Classifier):
         def training_step(self, batch, batch_idx):
