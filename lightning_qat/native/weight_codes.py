@@ -12,6 +12,11 @@ from lightning_qat.native.library import Family, threads_for
 _FAMILY = Family("weight_codes", {"weight_codes": "pqqpqfffppi"})
 
 
+def has_weight_codes() -> bool:
+    """Return whether this kernel can be used, on this thread and now."""
+    return _FAMILY.functions() is not None
+
+
 def weight_codes(
     weight: Tensor, scale: Tensor | None, quant_min: int, quant_max: int, divisor: float = 0.0
 ) -> tuple[Tensor, Tensor, bool] | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_qat.native import fake_quantize as native
+from lightning_qat.native.weight_codes import has_weight_codes
 from lightning_qat.nn.recompute import has_memory_of_its_own, sees_no_mode
 from lightning_qat.nn.step_tensors import StepInput, StepWeight
 from lightning_qat.ops.layout import empty_result, is_plain
@@ -129,7 +130,8 @@ def _output(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and what is to be kept of ``x``."""
     with passing_results(SHORT_LIVED):
-        if of_x.has_codes() and of_weight.has_codes() and product_pays(x.numel() // x.shape[-1], *weight.shape):
+        pays = of_x.has_codes() and of_weight.has_codes() and product_pays(x.numel() // x.shape[-1], *weight.shape)
+        if pays and has_weight_codes():
             return _of_codes(x, weight, bias, of_x, of_weight)
         quantized, kept = of_x.first_values(x)
         return F.linear(quantized, of_weight.first_values(weight), bias), kept

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_qat as lq
+from lightning_qat.native import weight_codes
 from lightning_qat.native.fake_quantize import has_kernels
 from lightning_qat.nn import linear_step
 from lightning_qat.ops.step_product import _takes_plain_weights
@@ -194,3 +195,13 @@ def test_the_way_is_taken_again_in_a_run_that_goes_on(products):
         runs.append(found)
     assert products.call_count == 6
     assert [key for key in runs[0] if not torch.equal(runs[0][key], runs[1][key])] == []
+
+
+def test_one_family_that_is_not_compiled(monkeypatch, products):
+    """As where the disk is full by then: the others are used without it."""
+    monkeypatch.setattr(weight_codes._FAMILY, "functions", lambda: None)
+    found = step(layer("int8", PHASES[0]), randn(TOKENS, IN), randn(TOKENS, OUT))
+    monkeypatch.setattr(linear_step, "product_pays", lambda *args: False)
+    expected = step(layer("int8", PHASES[0]), randn(TOKENS, IN), randn(TOKENS, OUT))
+    assert not products.called
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
