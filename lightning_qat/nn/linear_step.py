@@ -97,7 +97,9 @@ class _Linear(torch.autograd.Function):
         ctx.quantized = of_x, of_weight = rest[-1]
         output, kept = _output(x, weight, bias, of_x, of_weight)
         ctx.save_for_backward(kept, weight)
-        return output
+        # A view may not be changed in place, as ``nn.ReLU(inplace=True)`` does; nobody has what this is one of.
+        made: Tensor = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+        return made
 
     @staticmethod
     @differentiable_once
@@ -147,8 +149,7 @@ def _of_codes(
         return F.linear(of_x.values(kept), of_weight.values(weight), bias), kept
     scale: Tensor = of_weight.grid[1]  # type: ignore[index]
     product = codes_product(codes.view(-1, x.shape[-1]), *of_x.step_and_zero(), of_columns, scale, bias)
-    # Not ``view``: what is returned is to be changed in place, as by ``nn.ReLU(inplace=True)``, and a view may not be.
-    return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], len(weight))), kept
+    return product.view(*x.shape[:-1], len(weight)), kept
 
 
 def _saved(ctx: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -250,3 +250,18 @@ def test_others_take_the_general_path(monkeypatch, what):
     context = {"autocast": torch.autocast("cpu", torch.bfloat16), "no gradient": torch.no_grad()}
     with context.get(what, contextlib.nullcontext()):
         assert model(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 16), (5, 16), (16,)])
+@pytest.mark.parametrize("name", ["int8", "weight only", "learned"])
+def test_the_output_may_be_changed_in_place(name, shape):
+    """PyTorch's product of a sequence is a view, which a step of autograd may not return for that."""
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = prepare(nn.Sequential(nn.Linear(16, 8), nn.ReLU(inplace)), CONFIGS[name])
+        calibrate(model, [randn(*shape)])
+        x = randn(*shape, seed=1).requires_grad_()
+        model.train()(x).square().sum().backward()
+        found.append([x.grad, model[0].weight.grad, model[0].bias.grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
