@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_qat.nn import (
@@ -257,6 +258,9 @@ def _check_layer(folder: Path, name: str, entry: dict[str, Any], modules: dict[s
         raise QuantizedFileError(
             f"layer {name!r} is already prepared or converted; load into a freshly built float model"
         )
+    own = layer._parameters.get("weight")
+    if own is not None and is_lazy(own):
+        raise QuantizedFileError(f"layer {name!r} is lazy and has no weight yet; run one batch through the model first")
     # ``parametrize`` gives a layer a class of its own; what was converted is the class before it.
     kind = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
     shape = list(weight_now(layer).shape) if hasattr(layer, "weight") else [0]

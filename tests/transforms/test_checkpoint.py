@@ -248,3 +248,13 @@ def test_a_fresh_model_with_a_pruned_norm_is_filled(tmp_path):
     lq.save_quantized(converted, tmp_path / "model")
     loaded = lq.load_quantized(tmp_path / "model", fresh())
     assert torch.equal(loaded(x), converted(x))
+
+
+def test_lazy_layers_are_named_with_the_way_out(tmp_path):
+    lq.save_quantized(converted(), tmp_path / "model")
+    model = build()
+    model[4] = nn.LazyLinear(16)
+    with pytest.raises(lq.QuantizedFileError, match="layer '4' is lazy.*run one batch"):
+        lq.load_quantized(tmp_path / "model", model)
+    model(torch.randn(2, 1, 8, 8))
+    assert isinstance(lq.load_quantized(tmp_path / "model", model)[4], lq.QuantizedLinear)
