@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
@@ -13,7 +13,7 @@ from lightning_qat.callbacks.learned_scales import LearnedScales
 from lightning_qat.callbacks.parity_gate import certify_run
 from lightning_qat.callbacks.schedule import Schedule
 from lightning_qat.config import PlanLike, QATConfig, Step, check_int, check_step, resolve_plan
-from lightning_qat.transforms.certificate import ParityReport
+from lightning_qat.transforms.certificate import ParityError, ParityReport
 from lightning_qat.transforms.param_groups import learned_scales
 
 #: Enough to see every layer compute; the gate compares sums, so more say little more.
@@ -36,13 +36,15 @@ class QuantizationAwareTraining(QuantizationCallback):
         certify: after fit, convert a copy and compare it, layer by layer, with the model that trained, on two
             batches of the validation loader. What is found is logged (``parity/worst_layer_sqnr``,
             ``parity/output_sqnr``) and kept in the attribute ``certificate``, a :class:`ParityReport`; a
-            failure is a warning. The model stays as it is; converted and saved as it is then, it has that report as
-            its certificate.
+            failure is a warning that names the first layer that diverges, or with ``"raise"`` an error, once
+            everything of the run is saved. The model stays as it is; converted and saved as it is then, it has that
+            report as its certificate.
 
     Steps are optimizer steps (``1000``), fractions of the run (``0.3``) or epochs (``"3 epochs"``).
 
     Raises:
         ValueError: for settings that are not allowed.
+        ParityError: at the end of fit, with ``certify="raise"``.
     """
 
     specificity: ClassVar[int] = 0
@@ -55,9 +57,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         start_step: Step | None = None,
         freeze_step: Step | None = None,
         calibration_batches: int = 8,
-        certify: bool = True,
+        certify: bool | Literal["raise"] = True,
     ) -> None:
         super().__init__()
+        if certify not in (True, False, "raise"):
+            raise ValueError(f"certify={certify!r} is not allowed; use True, False or 'raise'")
         self.certify = certify
         self.certificate: ParityReport | None = None
         self._plan = resolve_plan(config if plan is None else plan)
@@ -133,6 +137,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         super().on_train_end(trainer, pl_module)
         # Here and not in ``on_fit_end``: the model is still on its device.
         self.certificate = certify_run(trainer, pl_module, _CERTIFIED_BATCHES) if self.certify else None
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        if self.certify == "raise" and self.certificate is not None and not self.certificate.passed:
+            raise ParityError(self.certificate)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._learned is not None:

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from classifier import Classifier, loader, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -160,6 +161,26 @@ def test_a_failing_gate_warns_and_keeps_the_report(tmp_path, monkeypatch):
     assert not callback.certificate.passed
     assert callback.certificate.first_divergence.name == "head"
     assert lq.parity_report(lq.convert(module, [torch.randn(4, 1, 8, 8)])).passed
+
+
+def test_a_failing_gate_raises_where_asked_once_all_is_saved(tmp_path, monkeypatch):
+    _, callback, run = fit(tmp_path, certify="raise")
+    assert callback.certificate.passed
+    gate = importlib.import_module("lightning_qat.callbacks.parity_gate")
+
+    def spoiled(module):
+        converted = lq.convert(module)
+        converted.head.weight_scale *= 1.1
+        return converted
+
+    monkeypatch.setattr(gate, "convert", spoiled)
+    callbacks = [lq.QuantizationAwareTraining(certify="raise"), ModelCheckpoint(tmp_path, save_last=True)]
+    run = trainer(tmp_path, callbacks, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="diverges"), pytest.raises(lq.ParityError, match="layer 'head' is the first"):
+        run.fit(Measured(), loader())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == run.global_step
+    with pytest.raises(ValueError, match="certify='strict' is not allowed; use True, False or 'raise'"):
+        lq.QuantizationAwareTraining(certify="strict")
 
 
 class Grumpy(Classifier):
