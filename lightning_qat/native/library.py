@@ -93,11 +93,16 @@ class Family:
 
 
 def _loaded(name: str) -> ctypes.CDLL:
-    """Return the library of a family; one that does not load, as of another machine, is compiled again once."""
+    """Return the library of a family; one that does not load, as of another machine, is compiled again once.
+
+    Not where the folder lets no program be run (``noexec``): a new one would not load either, at every start.
+    """
     path = compiled_library(name)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
+        if "map segment" in str(error):
+            raise
         return ctypes.CDLL(str(compiled_library(name, unusable=str(error))))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,6 +135,22 @@ def test_where_a_damaged_library_cannot_be_compiled_again_pytorchs_operations_ar
     assert [path.read_bytes() for path in cache.iterdir()] == [damaged]
     monkeypatch.delenv("BROKEN")
     assert "are compiled again" in _says_in_a_child(True, log)
+
+
+@needs_compiler
+def test_a_folder_that_lets_nothing_be_run_is_not_compiled_into_again(cache, tmp_path, monkeypatch, caplog):
+    (tmp_path / "some.cpp").write_text('extern "C" void some(int* to) { *to = 1; }')
+    monkeypatch.setattr(build, "_SOURCES", tmp_path)
+    compiled = Mock(side_effect=build._compile)
+    monkeypatch.setattr(build, "_compile", compiled)
+    refused = "some.so: failed to map segment from shared object: Operation not permitted"
+    monkeypatch.setattr(ctypes, "CDLL", Mock(side_effect=OSError(refused)))
+    family = Family("some", {"some": "p"})
+    assert family.functions() is None
+    assert family.reason == refused
+    assert compiled.call_count == 1
+    assert "compiled again" not in caplog.text
+    del FAMILIES["some"]
 
 
 @needs_compiler
