@@ -11,7 +11,7 @@ from torch.onnx.ops import symbolic
 
 from lightning_qat.formats.onnx_file import INT4, STORED_AS, UINT4
 from lightning_qat.nn import QuantizedLayer
-from lightning_qat.ops.fake_quantize import quant_range
+from lightning_qat.ops.fake_quantize import absmax_divisor, quant_range
 from lightning_qat.schemes import TensorFormat
 
 
@@ -148,7 +148,7 @@ def dynamic_codes(x: Tensor, fmt: TensorFormat, spatial_dims: int | None) -> tup
     tiny = torch.finfo(torch.float32).tiny
     if fmt.symmetric:
         top = torch.maximum(-low, high)
-        scale = top / (high_code if fmt.bits >= 8 else high_code + 0.5)
+        scale = top / absmax_divisor(fmt.bits)
         scale = torch.where(top == 0, 1.0, scale.clamp(min=tiny))
         zero_point = torch.zeros_like(scale)
     else:

@@ -145,8 +145,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         kernel: Any = self.kernel_cache.get(self, (has_linear_int8(),), self._build_kernel)
         if kernel is None:
             return None
-        exact = self.input_format is not None and linear_is_exact()
-        if exact:
+        if self.input_format is not None and linear_is_exact():
             return kernel
         tokens = x.numel() // x.shape[-1]
         if self.input_format is not None:

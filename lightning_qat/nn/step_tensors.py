@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qat.native import fake_quantize as native
 from lightning_qat.native.weight_codes import weight_codes
-from lightning_qat.ops.fake_quantize import quant_range
+from lightning_qat.ops.fake_quantize import absmax_divisor, quant_range
 from lightning_qat.ops.fake_quantize_cpu import as_read
 from lightning_qat.ops.layout import NO_AXIS, NO_GROUP, empty_codes, empty_result, empty_values
 from lightning_qat.ops.straight_through import fake_quantize_kernel, grid_for, input_gradient, learned_gradients
@@ -126,7 +126,8 @@ class StepInput(StepTensor):
             self.learned, self.covered = None, True
             return
         self.set_grid(x, *parameters)
-        self._observer = quantizer if quantizer.sees_next() else None
+        sees = quantizer.sees_next()  # asked once, whether it is used or not
+        self._observer = quantizer if sees and self.learned is None else None
 
     def first_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x`` fake-quantized, and what is to be kept for the backward pass: ``x`` or its codes."""
@@ -155,8 +156,6 @@ class StepInput(StepTensor):
 
     def first_codes(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the codes of ``x``, None where it holds NaN, and what :meth:`first_values` keeps. It has codes."""
-        if self.learned is not None:
-            self._observer = None
         keeps = self.learned is None and self._may_keep_codes(x)
         codes = torch.empty(x.shape, dtype=torch.uint8, device="cpu") if keeps else empty_codes(x.shape)
         seen = self._look(x, None, codes)
@@ -229,8 +228,7 @@ class StepWeight(StepTensor):
         quant_min, quant_max = quant_range(self._format.bits, True)
         if self._kept is None and self._by_rows is not None and self._format.axis == 0:
             self._quantizer = None
-            divisor = quant_max + (self._format.bits < 8) * 0.5
-            found: Any = weight_codes(weight, None, quant_min, quant_max, divisor)
+            found: Any = weight_codes(weight, None, quant_min, quant_max, absmax_divisor(self._format.bits))
             self.set_grid(weight, found[1], None, self._format)
         else:
             if self._kept is None:

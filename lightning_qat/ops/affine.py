@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.affine_cpu import dequantize_pieces, quantize_pieces, run_of, takes_pieces
-from lightning_qat.ops.fake_quantize import quant_range, resolve_grid, round_to_codes
+from lightning_qat.ops.fake_quantize import absmax_divisor, quant_range, resolve_grid, round_to_codes
 from lightning_qat.ops.layout import match_layout, resolve_layout, view_parameter, view_runs
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -77,7 +77,7 @@ def _of_one_range(low: float, high: float, bits: int, symmetric: bool) -> tuple[
     quant_max = quant_range(bits, symmetric)[1]
     if symmetric:
         absmax = max(-low, high, 0.0)
-        scale = _single(absmax / (quant_max if bits >= 8 else quant_max + 0.5))
+        scale = _single(absmax / absmax_divisor(bits))
         return (max(scale, _FLOAT32.tiny) if absmax else 1.0), 0
     low, high = min(low, 0.0), max(high, 0.0)
     scale = _single(_single(high / quant_max) - _single(low / quant_max))
@@ -100,9 +100,8 @@ def scale_of_absmax(absmax: Tensor, bits: int) -> Tensor:
         absmax: the largest magnitudes, float32; a negative one is taken for 0.
         bits: 2 to 16.
     """
-    quant_max = quant_range(bits, True)[1]
     absmax = absmax.clamp(0.0, _FLOAT32.max)
-    scale = _divide(absmax, quant_max if bits >= 8 else quant_max + 0.5)
+    scale = _divide(absmax, absmax_divisor(bits))
     return torch.where(absmax == 0, 1.0, scale.clamp_min(_FLOAT32.tiny))
 
 

@@ -48,6 +48,12 @@ def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
     return (-(half - 1) if bits >= 8 else -half), half - 1
 
 
+def absmax_divisor(bits: int) -> float:
+    """Return what the largest magnitude of a symmetric grid is divided by for its scale, see :data:`EDGE`."""
+    quant_max = quant_range(bits, True)[1]
+    return quant_max if bits >= 8 else quant_max + 0.5
+
+
 def resolve_grid(zero_point: Tensor | None, bits: int, symmetric: bool) -> tuple[int, int]:
     """Return :func:`quant_range` after checking that a symmetric grid has no zero point.
 

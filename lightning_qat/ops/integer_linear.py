@@ -29,7 +29,7 @@ from lightning_qat.native.linear_int8 import (
     quantize_unsigned_native,
 )
 from lightning_qat.ops.affine import choose_scale_zero_point
-from lightning_qat.ops.fake_quantize import quant_range
+from lightning_qat.ops.fake_quantize import absmax_divisor, quant_range
 from lightning_qat.ops.layout import NO_AXIS, NO_GROUP, channel_blocks, empty_scratch, view_channels, view_scratch
 
 #: The kernel multiplies unsigned inputs, so symmetric codes are shifted. (It takes int8 inputs too, by a
@@ -319,7 +319,7 @@ def _grid(bits: int, symmetric: bool) -> tuple[int, int, float]:
     """Return the end codes, and what a symmetric range is divided by."""
     code_range(bits, symmetric)  # or an error
     quant_min, quant_max = quant_range(bits, symmetric)
-    return quant_min, quant_max, quant_max + (bits < 8) * 0.5
+    return quant_min, quant_max, absmax_divisor(bits)
 
 
 def _plain(x: Tensor) -> Tensor:

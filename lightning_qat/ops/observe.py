@@ -13,7 +13,12 @@ from torch.autograd import forward_ad
 
 from lightning_qat.native import fake_quantize as native
 from lightning_qat.ops.affine_cpu import takes_pieces
-from lightning_qat.ops.fake_quantize import fake_quantize_op, quant_range, reference_fake_quantize
+from lightning_qat.ops.fake_quantize import (
+    absmax_divisor,
+    fake_quantize_op,
+    quant_range,
+    reference_fake_quantize,
+)
 from lightning_qat.ops.fake_quantize_cpu import as_read, fake_quantize_cpu
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 from lightning_qat.ops.forward_mode import refuse_tangents
@@ -116,8 +121,7 @@ def fake_quantize_by_absmax(
     else:
         return None
     result, (quant_min, quant_max) = empty_result(x, 0), quant_range(bits, True)
-    divisor = quant_max if bits >= 8 else quant_max + 0.5
-    scale = native.quantize_by_absmax(rows, result, divisor, quant_min, quant_max)
+    scale = native.quantize_by_absmax(rows, result, absmax_divisor(bits), quant_min, quant_max)
     return None if scale is None else (result, scale.view(shape))
 
 
