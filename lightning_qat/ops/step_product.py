@@ -32,7 +32,9 @@ def product_pays(tokens: int, rows: int, columns: int) -> bool:
     large = tokens >= _FEWEST_TOKENS and tokens * rows * columns >= _FEWEST_PRODUCTS
     if not (large and columns % _BLOCK == 0 and columns <= MAX_TERMS and _takes_plain_weights()):
         return False
-    return _is_right(min(tokens, _TRIED_TOKENS), rows, columns, torch.get_num_threads())
+    # Batches of every length between two powers of two are tried as one.
+    tried = min(1 << tokens.bit_length(), _TRIED_TOKENS) - 1
+    return _is_right(tried, rows, columns, torch.get_num_threads())
 
 
 def codes_product(

@@ -70,13 +70,21 @@ def test_a_shape_whose_sums_are_wrong_is_not_taken(monkeypatch, caplog):
 
     monkeypatch.setattr(step_product, "codes_product", wrong)
     assert not product_pays(700, 200, 320)
-    assert "700 x 320 codes with a weight of 200 rows" in caplog.text
+    assert "1023 x 320 codes with a weight of 200 rows" in caplog.text
     monkeypatch.undo()
     assert not product_pays(700, 200, 320)  # it is remembered
     step_product._is_right.cache_clear()
     state = torch.get_rng_state()
     assert product_pays(700, 200, 320)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@needs_kernel
+def test_batches_of_every_length_are_few_trials():
+    step_product._is_right.cache_clear()
+    assert all(product_pays(tokens, 512, 576) for tokens in range(64, 3000, 7))
+    assert step_product._is_right.cache_info().misses <= 5
+    step_product._is_right.cache_clear()
 
 
 def test_it_is_for_large_products_of_many_tokens(monkeypatch):
