@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ _MOST_SECONDS, _MOST_ROUNDS = 120.0, 5
 _LONG = 512
 
 PEER = "gptqmodel"
+#: With what the nearest codes would lose, which is worked out by default.
+_COMPARED = "lightning_qat, compared with nearest"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def _measured(side: int, conditions: Conditions) -> Results:
     fmt = TensorFormat("gptq", BITS, True, group_size=GROUP)
     ours: dict[str, Callable[[], Tensor]] = {
         "lightning_qat": lambda: choose_gptq(layer.weight, layer.gram, fmt, published).values(),
+        _COMPARED: lambda: choose_gptq(layer.weight, layer.gram, fmt, replace(published, compare=True)).values(),
         "lightning_qat, defaults": lambda: choose_gptq(layer.weight, layer.gram, fmt).values(),
     }
     decibels = {name: layer.decibels(run()) for name, run in ours.items()}

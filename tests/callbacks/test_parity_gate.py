@@ -146,15 +146,19 @@ def test_nothing_is_done_before_the_model_quantizes(tmp_path, monkeypatch):
     assert callback.certificate is None
 
 
-def test_a_failing_gate_warns_and_keeps_the_report(tmp_path, monkeypatch):
-    gate = importlib.import_module("lightning_qat.callbacks.parity_gate")
+def spoil_conversion(monkeypatch):
+    """Let the gate convert with another scale in the last layer."""
 
     def spoiled(module):
         converted = lq.convert(module)
         converted.head.weight_scale *= 1.1
         return converted
 
-    monkeypatch.setattr(gate, "convert", spoiled)
+    monkeypatch.setattr(importlib.import_module("lightning_qat.callbacks.parity_gate"), "convert", spoiled)
+
+
+def test_a_failing_gate_warns_and_keeps_the_report(tmp_path, monkeypatch):
+    spoil_conversion(monkeypatch)
     with pytest.warns(UserWarning, match="layer 'head' is the first that diverges"):
         module, callback, run = fit(tmp_path)
     assert run.state.finished
@@ -166,14 +170,7 @@ def test_a_failing_gate_warns_and_keeps_the_report(tmp_path, monkeypatch):
 def test_a_failing_gate_raises_where_asked_once_all_is_saved(tmp_path, monkeypatch):
     _, callback, run = fit(tmp_path, certify="raise")
     assert callback.certificate.passed
-    gate = importlib.import_module("lightning_qat.callbacks.parity_gate")
-
-    def spoiled(module):
-        converted = lq.convert(module)
-        converted.head.weight_scale *= 1.1
-        return converted
-
-    monkeypatch.setattr(gate, "convert", spoiled)
+    spoil_conversion(monkeypatch)
     callbacks = [lq.QuantizationAwareTraining(certify="raise"), ModelCheckpoint(tmp_path, save_last=True)]
     run = trainer(tmp_path, callbacks, enable_checkpointing=True)
     with pytest.warns(UserWarning, match="diverges"), pytest.raises(lq.ParityError, match="layer 'head' is the first"):

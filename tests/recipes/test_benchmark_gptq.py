@@ -21,12 +21,15 @@ def test_both_sets_of_options_are_timed_with_the_sqnr_of_their_outputs(no_peer):
     results = gptq_group(Conditions(1), sides=(128, 256))
     assert [(t.group.split(",")[0], t.name) for t in results.timings] == [
         ("gptq 128 x 128", "lightning_qat"),
+        ("gptq 128 x 128", "lightning_qat, compared with nearest"),
         ("gptq 128 x 128", "lightning_qat, defaults"),
         ("gptq 256 x 256", "lightning_qat"),
+        ("gptq 256 x 256", "lightning_qat, compared with nearest"),
         ("gptq 256 x 256", "lightning_qat, defaults"),
     ]
     assert results.notes == []
-    for published, refined in zip(results.timings[::2], results.timings[1::2], strict=True):
+    for published, compared, refined in zip(*(results.timings[i::3] for i in range(3)), strict=True):
+        assert compared.sqnr_db == published.sqnr_db
         assert refined.sqnr_db > published.sqnr_db + 0.3 > 20
         assert published.ratio == 1.0
 
@@ -55,7 +58,9 @@ def broken_peer(monkeypatch):
 
 def test_a_peer_that_fails_is_a_note(broken_peer):
     results = gptq_group(Conditions(1), sides=(128,))
-    assert [t.name for t in results.timings] == ["lightning_qat", "lightning_qat, defaults"]
+    assert [t.name for t in results.timings] == [
+        "lightning_qat", "lightning_qat, compared with nearest", "lightning_qat, defaults",
+    ]  # fmt: skip
     assert results.notes == [f"{PEER} is not timed for GPTQ of 128 x 128: RuntimeError: no such layer"]
 
 
@@ -73,6 +78,8 @@ def published(layer):
 
 def test_the_peer_is_the_baseline(same_peer):
     results = gptq_group(Conditions(1), sides=(128,))
-    assert [t.name for t in results.timings] == [PEER, "lightning_qat", "lightning_qat, defaults"]
+    assert [t.name for t in results.timings] == [
+        PEER, "lightning_qat", "lightning_qat, compared with nearest", "lightning_qat, defaults",
+    ]  # fmt: skip
     assert results.timings[0].ratio == 1.0
     assert results.timings[0].sqnr_db == results.timings[1].sqnr_db
