@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ops.test_gptq import block_of, gram_of
 from torch import Tensor
@@ -49,6 +49,7 @@ def test_the_loss_never_grows_and_ends_where_no_other_value_of_an_element_is_bet
 
 @pytest.mark.parametrize("kind", ["int4", "uint3", "nf4", "dynamic_tree"])
 @given(count=st.integers(1, 100), rows=st.sampled_from((1, 5, 64)), seed=st.integers(0, 99))
+@example(count=47, rows=1, seed=88)
 @settings(max_examples=8, deadline=None)
 def test_the_cpu_kernel_is_the_definition_up_to_the_order_of_sums(kind: str, count: int, rows: int, seed: int) -> None:
     weight, _, steps, levels = block_of(count, rows, kind, seed)
@@ -67,9 +68,11 @@ def test_the_cpu_kernel_is_the_definition_up_to_the_order_of_sums(kind: str, cou
     torch.testing.assert_close(changes[:, same], expected[:, same], rtol=1e-4, atol=1e-5)
     rounded = nearest_level(values + changes, *steps, *levels)
     assert torch.equal(rounded[0], codes) or kind in ("nf4", "dynamic_tree")
-    # Not the nearest value: near zero the tree's lie closer than float32 knows the difference of two larger ones.
-    chosen = values_of_levels(codes, steps, levels)
-    assert float((chosen - (values + changes)).abs().max()) <= 2**-23 * float(values.abs().max())
+    # Not the nearest value: near zero the tree's lie closer than float32 knows the difference of two larger ones. The
+    # change is rounded once, and its sum with the value before.
+    chosen, reached = values_of_levels(codes, steps, levels).double(), values + changes
+    most = 2**-24 * (changes.double().abs() + reached.double().abs()) * (1 + 2**-20)
+    assert bool(((chosen - reached.double()).abs() <= most).all())
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4"])
