@@ -1,4 +1,4 @@
-"""Block-wise codebooks (nf4, fp4, the 8-bit dynamic map): quantize and dequantize.
+"""Block-wise codebooks (nf4, fp4, the 8-bit dynamic map): absmax, quantize and dequantize.
 
 A value's code depends on how many thresholds lie strictly below ``x * (1 / absmax)``; see
 :mod:`lightning_qat.ops.codebook_tables` for the thresholds that reproduce bitsandbytes' CPU and CUDA kernels. Storage
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qat.kernels.arithmetic import magnitude
-from lightning_qat.kernels.launch import EXACT, Tuned, blocks_of, on_device_of
+from lightning_qat.kernels.launch import EXACT, Tuned, blocks_of, launch, on_device_of
 
 #: Elements of a program that quantizes and of one that dequantizes, 16 and 32 for each thread of four warps: the
 #: fastest on an H100 among half to four times as many.
@@ -64,22 +64,33 @@ def cell_table(thresholds: Tensor, bin_codes: Tensor) -> Tensor:
     return table.reshape(-1).to(thresholds.device)
 
 
+def steps_of(cells: Tensor) -> int:
+    """Return how many comparisons within a cell :func:`cell_table`'s result takes."""
+    return cells.numel() // _CELLS.value - 1
+
+
 @triton.jit
-def _scaled_tile(
+def tile_of_blocks(program, numel, SIZE: tl.constexpr):
+    """Return the number of a program's tile (64 bits), its first element, and how many of ``SIZE`` there are."""
+    tile = tl.cast(program, tl.int64)
+    first = tile * SIZE
+    return tile, first, tl.minimum(numel - first, SIZE).to(tl.int32)
+
+
+@triton.jit
+def scaled_tile(
     x_ptr, absmax_ptr, numel, least_absmax, BLOCK: tl.constexpr, ROWS: tl.constexpr, GIVEN: tl.constexpr,
     DIVIDE_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Return the elements of ``ROWS`` blocks, each divided by its absmax, one-dimensional; store the absmax.
+    """Return the elements of ``ROWS`` blocks and each divided by its absmax, one-dimensional; store the absmax.
 
     In one dimension what is looked up for an element stays in its thread: of a two-dimensional look-up Triton
     changes the layout, through shared memory, there and back.
     """
-    tile = tl.program_id(0).to(tl.int64)
-    first = tile * (ROWS * BLOCK)
-    left = tl.minimum(numel - first, ROWS * BLOCK).to(tl.int32)
+    tile, first, left = tile_of_blocks(tl.program_id(0), numel, ROWS * BLOCK)
     flat = tl.arange(0, ROWS * BLOCK)
-    x = tl.load(x_ptr + first + flat, mask=flat < left, other=0.0).to(tl.float32)
-    x = tl.reshape(x, (ROWS, BLOCK))
+    elements = tl.load(x_ptr + first + flat, mask=flat < left, other=0.0).to(tl.float32)
+    x = tl.reshape(elements, (ROWS, BLOCK))
     row = tl.arange(0, ROWS)
     row_exists = row * BLOCK < left
     at = absmax_ptr + tile * ROWS + row
@@ -93,7 +104,44 @@ def _scaled_tile(
         absmax = tl.where(short, divisor, absmax)
     if not GIVEN:
         tl.store(at, absmax, mask=row_exists)
-    return tl.reshape(y, (ROWS * BLOCK,))
+    return elements, tl.reshape(y, (ROWS * BLOCK,))
+
+
+@triton.jit
+def codes_4bit(y, cells_ptr, STEPS: tl.constexpr, NAN_CODE: tl.constexpr):
+    """Return the codes of ratios: one table look-up for the cell, then STEPS comparisons within it."""
+    clamped = tl.minimum(tl.maximum(y, -1.0), 1.0)
+    cell = (clamped * _CELL_SCALE + _CELL_MAGIC).to(tl.int32, bitcast=True) & (_CELLS - 1)
+    word = tl.load(cells_ptr + cell)
+    for step in tl.static_range(STEPS):
+        threshold = tl.load(cells_ptr + cell + _CELLS * (1 + step)).to(tl.float32, bitcast=True)
+        word = tl.where(clamped > threshold, word >> 4, word)
+    return tl.where(y == y, word & 15, NAN_CODE)
+
+
+@triton.jit
+def codes_8bit(y, thresholds_ptr, NAN_CODE: tl.constexpr):
+    """Return the codes of ratios by halving: eight look-ups among 255 thresholds, which stay in the L1 cache."""
+    code = tl.zeros(y.shape, tl.int32)
+    for bit in tl.static_range(7, -1, -1):
+        middle = code + (1 << bit)
+        code = tl.where(y > tl.load(thresholds_ptr + middle - 1), middle, code)
+    return tl.where(y == y, code, NAN_CODE)
+
+
+@triton.jit
+def codebook_absmax_kernel(
+    x_ptr, absmax_ptr, numel, least_absmax, BLOCK: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr
+):
+    """The largest magnitudes of ``ROWS`` blocks. SHORT: that of the last, which is one, is at least the least."""
+    tile, first, left = tile_of_blocks(tl.program_id(0), numel, ROWS * BLOCK)
+    row = tl.arange(0, ROWS)
+    offsets = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    absmax = magnitude(tl.load(x_ptr + first + offsets, mask=offsets < left, other=0.0).to(tl.float32), 1)
+    if SHORT:
+        least = tl.maximum(absmax, least_absmax, propagate_nan=tl.PropagateNan.ALL)
+        absmax = tl.where((row + 1) * BLOCK > left, least, absmax)
+    tl.store(absmax_ptr + tile * ROWS + row, absmax, mask=row * BLOCK < left)
 
 
 @triton.jit
@@ -102,21 +150,13 @@ def codebook_quantize_4bit_kernel(
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_CODE: tl.constexpr,
     GIVEN: tl.constexpr, DIVIDE_LAST: tl.constexpr, WHOLE: tl.constexpr, ODD: tl.constexpr,
 ):  # fmt: skip
-    """Codes of ``ROWS`` blocks: one table look-up for the cell, then STEPS comparisons within it.
+    """Codes of ``ROWS`` blocks, two to a byte.
 
     WHOLE: all blocks have all their elements, so that one comparison is enough for the bytes that a thread stores.
     """
-    y = _scaled_tile(x_ptr, absmax_ptr, numel, least_absmax, BLOCK, ROWS, GIVEN, DIVIDE_LAST)
-    clamped = tl.minimum(tl.maximum(y, -1.0), 1.0)
-    cell = (clamped * _CELL_SCALE + _CELL_MAGIC).to(tl.int32, bitcast=True) & (_CELLS - 1)
-    word = tl.load(cells_ptr + cell)
-    for step in tl.static_range(STEPS):
-        threshold = tl.load(cells_ptr + cell + _CELLS * (1 + step)).to(tl.float32, bitcast=True)
-        word = tl.where(clamped > threshold, word >> 4, word)
-    code = tl.where(y == y, word & 15, NAN_CODE)
-    tile = tl.program_id(0).to(tl.int64)
-    first = tile * (ROWS * BLOCK)
-    left = tl.minimum(numel - first, ROWS * BLOCK).to(tl.int32)
+    _, y = scaled_tile(x_ptr, absmax_ptr, numel, least_absmax, BLOCK, ROWS, GIVEN, DIVIDE_LAST)
+    code = codes_4bit(y, cells_ptr, STEPS, NAN_CODE)
+    _, first, left = tile_of_blocks(tl.program_id(0), numel, ROWS * BLOCK)
     if ODD:
         code = tl.where(tl.arange(0, ROWS * BLOCK) < left, code, ZERO_CODE)
     high, low = tl.split(tl.reshape(code, (ROWS * BLOCK // 2, 2)))
@@ -131,16 +171,11 @@ def codebook_quantize_8bit_kernel(
     x_ptr, absmax_ptr, thresholds_ptr, codes_ptr, numel, least_absmax,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, NAN_CODE: tl.constexpr, GIVEN: tl.constexpr, DIVIDE_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Codes of ``ROWS`` blocks by halving: eight look-ups among 255 thresholds, which stay in the L1 cache."""
-    y = _scaled_tile(x_ptr, absmax_ptr, numel, least_absmax, BLOCK, ROWS, GIVEN, DIVIDE_LAST)
-    code = tl.zeros(y.shape, tl.int32)
-    for bit in tl.static_range(7, -1, -1):
-        middle = code + (1 << bit)
-        code = tl.where(y > tl.load(thresholds_ptr + middle - 1), middle, code)
-    code = tl.where(y == y, code, NAN_CODE)
-    first = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
+    """Codes of ``ROWS`` blocks, one a byte."""
+    _, y = scaled_tile(x_ptr, absmax_ptr, numel, least_absmax, BLOCK, ROWS, GIVEN, DIVIDE_LAST)
+    code = codes_8bit(y, thresholds_ptr, NAN_CODE)
+    _, first, left = tile_of_blocks(tl.program_id(0), numel, ROWS * BLOCK)
     flat = tl.arange(0, ROWS * BLOCK)
-    left = tl.minimum(numel - first, ROWS * BLOCK).to(tl.int32)
     tl.store(codes_ptr + first + flat, code.to(tl.uint8), mask=flat < left)
 
 
@@ -149,9 +184,7 @@ def codebook_dequantize_4bit_kernel(
     packed_ptr, absmax_ptr, table_ptr, out_ptr, numel, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """``table[code] * absmax``: the 16 values lie in 16 banks of L1, so that a look-up never conflicts."""
-    tile = tl.program_id(0).to(tl.int64)
-    first = tile * (ROWS * BLOCK)
-    left = tl.minimum(numel - first, ROWS * BLOCK).to(tl.int32)
+    tile, first, left = tile_of_blocks(tl.program_id(0), numel, ROWS * BLOCK)
     rows = tl.arange(0, ROWS)[:, None]
     pairs = rows * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     packed = tl.load(packed_ptr + tile * (ROWS * BLOCK // 2) + pairs, mask=2 * pairs < left, other=0).to(tl.int32)
@@ -168,15 +201,41 @@ def codebook_dequantize_8bit_kernel(
     codes_ptr, absmax_ptr, table_ptr, out_ptr, numel, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """``table[code] * absmax`` with 256 values, 1 KiB of L1."""
-    tile = tl.program_id(0).to(tl.int64)
-    first = tile * (ROWS * BLOCK)
-    left = tl.minimum(numel - first, ROWS * BLOCK).to(tl.int32)
+    tile, first, left = tile_of_blocks(tl.program_id(0), numel, ROWS * BLOCK)
     rows = tl.arange(0, ROWS)[:, None]
     offsets = rows * BLOCK + tl.arange(0, BLOCK)[None, :]
     codes = tl.load(codes_ptr + first + offsets, mask=offsets < left, other=0).to(tl.int32)
     absmax = tl.load(absmax_ptr + tile * ROWS + rows, mask=rows * BLOCK < left, other=0.0)
     values = (tl.load(table_ptr + codes) * absmax).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + first + offsets, values, mask=offsets < left)
+
+
+def launch_codebook_absmax(x: Tensor, *, block_size: int, least_absmax: float = 0.0) -> Tensor:
+    """Return the largest magnitude of every block, float32 ``[ceil(numel / block_size)]``; NaN if it holds one.
+
+    Args:
+        x: floating point, any shape; taken flat.
+        block_size: elements of a block, a power of two from 16 to 4096.
+        least_absmax: of a short last block.
+
+    Raises:
+        ValueError: if ``block_size`` is not allowed.
+    """
+    check_block(block_size)
+    numel = x.numel()
+    absmax = torch.empty(blocks_of(numel, block_size), dtype=torch.float32, device=x.device)
+    if numel:
+        rows = max(1, _TILE_BACK // block_size)
+        with on_device_of(x):
+            launch(
+                codebook_absmax_kernel,
+                (blocks_of(len(absmax), rows),),
+                (x.contiguous(), absmax, numel, least_absmax),
+                {"BLOCK": block_size, "ROWS": rows, "SHORT": least_absmax > 0 and numel % block_size != 0},
+                num_warps=_WARPS,
+                **EXACT,
+            )
+    return absmax
 
 
 def launch_codebook_quantize(
@@ -224,7 +283,7 @@ def launch_codebook_quantize(
     grid, options = (blocks_of(blocks, rows),), {"num_warps": _WARPS, **EXACT}
     with on_device_of(x):
         if bits == 4:
-            steps, odd = search.numel() // _CELLS.value - 1, numel % 2 == 1
+            steps, odd = steps_of(search), numel % 2 == 1
             codebook_quantize_4bit_kernel[grid](
                 x, scales, search, codes, numel, least_absmax,
                 **shared, STEPS=steps, ZERO_CODE=zero_code, WHOLE=numel % block_size == 0, ODD=odd, **options,
@@ -269,6 +328,11 @@ def launch_codebook_dequantize(
 def _check(bits: int, block_size: int) -> None:
     if bits not in (4, 8):
         raise ValueError(f"codes of {bits} bits have no kernel; use 4 bits (16 values) or 8 bits (256 values)")
+    check_block(block_size)
+
+
+def check_block(block_size: int) -> None:
+    """Raise ``ValueError`` where no kernel has blocks of this size."""
     if not 16 <= block_size <= _MOST_BLOCK or block_size & (block_size - 1):
         raise ValueError(f"block_size={block_size} has no kernel; use a power of two from 16 to {_MOST_BLOCK}")
 
@@ -285,6 +349,7 @@ def _tuned() -> dict[str, Tuned]:
         size_back = {"BLOCK": block, "ROWS": max(1, _TILE_BACK // block)}
         extra = {"ZERO_CODE": 7, "WHOLE": True, "ODD": False, "STEPS": 1}
         kernels = {
+            f"absmax_{block}": (codebook_absmax_kernel, quantize, {**size_back, "SHORT": False}),
             f"nf4_quantize_{block}": (codebook_quantize_4bit_kernel, four, {**size, **rule, **extra}),
             f"dynamic_quantize_{block}": (codebook_quantize_8bit_kernel, eight, {**size, **rule}),
             f"dequantize_4bit_{block}": (codebook_dequantize_4bit_kernel, {**back, "packed_ptr": "*u8:16"}, size_back),

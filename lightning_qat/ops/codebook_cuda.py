@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.codebook import (
+    codebook_absmax_op,
     codebook_dequantize_op,
+    codebook_fake_quantize_backward_op,
     codebook_fake_quantize_op,
     codebook_quantize_op,
+    reference_absmax,
     reference_dequantize,
     reference_fake_quantize,
+    reference_fake_quantize_backward,
     reference_quantize,
 )
 from lightning_qat.ops.codebook_tables import (
@@ -30,13 +34,22 @@ from lightning_qat.ops.codebook_tables import (
 )
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 from lightning_qat.ops.int4_dequantize import int4_dequantize_op, reference_int4_dequantize
-from lightning_qat.ops.layout import match_layout
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _takes(block_size: int, dtype: torch.dtype, numel: int) -> bool:
     return numel > 0 and dtype in _DTYPES and 16 <= block_size <= 4096 and block_size & (block_size - 1) == 0
+
+
+def codebook_absmax_cuda(x: Tensor, name: str, block_size: int, rule: str) -> Tensor:
+    """The definition in one launch."""
+    if not _takes(block_size, x.dtype, x.numel()):
+        return reference_absmax(x.reshape(-1), name, block_size, rule)
+    from lightning_qat.kernels.codebook import launch_codebook_absmax
+
+    least = least_absmax(name, rule) if divides_last_block(name, rule) else 0.0
+    return launch_codebook_absmax(x, block_size=block_size, least_absmax=least)
 
 
 def codebook_quantize_cuda(
@@ -70,13 +83,25 @@ def codebook_dequantize_cuda(
 def codebook_fake_quantize_cuda(
     x: Tensor, absmax: Tensor, stored: Tensor | None, name: str, block_size: int, rule: str
 ) -> Tensor:
-    """The definition by way of stored codes, which are a small part of the bytes: two launches, and one for NaN."""
+    """The definition in one launch, without codes in memory."""
     if not _takes(block_size, x.dtype, x.numel()):
         return reference_fake_quantize(x, absmax, stored, name, block_size, rule)
-    packed, _ = codebook_quantize_cuda(x, absmax, name, block_size, rule)
-    scale = absmax if stored is None else stored
-    values = codebook_dequantize_cuda(packed, scale, x.numel(), name, block_size, x.dtype).view(x.shape)
-    return match_layout(torch.where(x.isnan(), x, values), x)
+    from lightning_qat.kernels.codebook_fake_quantize import launch_codebook_fake_quantize
+
+    return launch_codebook_fake_quantize(
+        x, absmax, stored, _search(name, rule, x.device), codebook(name, x.device), block_size=block_size,
+        nan_code=nan_code(name, rule), least_absmax=least_absmax(name, rule),
+        divide_last_block=divides_last_block(name, rule),
+    )  # fmt: skip
+
+
+def codebook_fake_quantize_backward_cuda(grad: Tensor, x: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """The definition in one launch."""
+    if not _takes(block_size, x.dtype, x.numel()) or grad.dtype != x.dtype:
+        return reference_fake_quantize_backward(grad, x, absmax, block_size)
+    from lightning_qat.kernels.codebook_fake_quantize import launch_codebook_fake_quantize_backward
+
+    return launch_codebook_fake_quantize_backward(grad, x, absmax, block_size=block_size)
 
 
 def int4_dequantize_cuda(
@@ -101,7 +126,9 @@ def _search(name: str, rule: str, device: torch.device) -> Tensor:
 
 
 if HAS_TRITON:
+    codebook_absmax_op.register_kernel("cuda")(codebook_absmax_cuda)
     codebook_quantize_op.register_kernel("cuda")(codebook_quantize_cuda)
     codebook_dequantize_op.register_kernel("cuda")(codebook_dequantize_cuda)
     codebook_fake_quantize_op.register_kernel("cuda")(codebook_fake_quantize_cuda)
+    codebook_fake_quantize_backward_op.register_kernel("cuda")(codebook_fake_quantize_backward_cuda)
     int4_dequantize_op.register_kernel("cuda")(int4_dequantize_cuda)
