@@ -131,6 +131,35 @@ def test_values_on_and_beside_thresholds(device: str, name: str) -> None:
         assert torch.equal(found.cpu(), ops.reference_fake_quantize(x, ones, None, name, 64, rule))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_number(device: str, name: str) -> None:
+    row = torch.tensor([*SPECIAL, 1.0, -2.0, 1e-42, 7.0, 0.25])
+    absmax = torch.tensor([1.0, 0.0, math.inf, math.nan, 1e-42])
+    x = row.repeat(len(absmax), 1)
+    assert row.numel() == 16
+    for rule in RULES:
+        found = codebook_cuda.codebook_fake_quantize_cuda(x.to(device), absmax.to(device), None, name, 16, rule)
+        assert same(found, ops.reference_fake_quantize(x, absmax, None, name, 16, rule))
+    moved = [t.to(device) for t in (torch.ones_like(x), x, absmax)]
+    gradient = codebook_cuda.codebook_fake_quantize_backward_cuda(*moved, 16).cpu()
+    assert same(gradient, ops.reference_fake_quantize_backward(torch.ones_like(x), x, absmax, 16))
+    assert gradient[2][row.isinf()].eq(0).all()  # beyond everything, even where the absmax is infinite
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_a_short_block_is_divided(device: str, name: str) -> None:
+    near, told_apart = codebook_cuda.thresholds(name, "cpu", "cpu"), 0
+    for absmax in (torch.rand(30, generator=torch.Generator().manual_seed(0)) + 0.5).split(1):
+        x = torch.cat(
+            (absmax, near * absmax, *[torch.nextafter(near * absmax, torch.tensor(to)) for to in (-2.0, 2.0)])
+        )
+        expected = ops.reference_fake_quantize(x, absmax, None, name, 64, "cpu")
+        told_apart += not torch.equal(expected, ops.reference_fake_quantize(x, absmax, None, name, len(x), "cpu"))
+        found = codebook_cuda.codebook_fake_quantize_cuda(x.to(device), absmax.to(device), None, name, 64, "cpu")
+        assert torch.equal(found.cpu(), expected)
+    assert told_apart > 3  # from a block that is whole and multiplied by the reciprocal
+
+
 @pytest.mark.parametrize("block_size", [64, 48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1,), (5, 30)])
