@@ -111,9 +111,16 @@ def _factors(absmax: Tensor) -> Tensor:
     return 127.0 / absmax.unsqueeze(1)
 
 
+def reference_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of a matrix of codes."""
+    return (codes * absmax.view(-1, 1) * PER_CODE).to(dtype)
+
+
 def _values(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    if _takes_op(codes, absmax):
+        return vectorwise_dequantize_op(codes, absmax, dtype)
     if not codes.numel() or not takes_pieces(codes, absmax):
-        return (codes * absmax.view(-1, 1) * PER_CODE).to(dtype)
+        return reference_dequantize(codes, absmax, dtype)
     found = advise_huge_pages(torch.empty(codes.shape, dtype=dtype, device="cpu"))
     if native_affine.dequantize(codes.contiguous(), absmax.contiguous(), None, codes.shape[1], found, PER_CODE):
         return found
@@ -121,6 +128,15 @@ def _values(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     for piece in values.view(-1).split(CHUNK):
         piece.mul_(PER_CODE)
     return values.to(dtype)
+
+
+def _takes_op(codes: Tensor, absmax: Tensor) -> bool:
+    """Return whether these are on a GPU and nothing traces, transforms or differentiates them."""
+    if not codes.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return not (torch.is_grad_enabled() and absmax.requires_grad)
 
 
 def reference_quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +156,7 @@ def reference_fake_quantize(x: Tensor, threshold: float) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     codes, absmax, is_outlier = reference_quantize(x.reshape(-1, x.shape[-1]), threshold)
-    values = _values(codes, absmax, x.dtype).view(x.shape)
+    values = reference_dequantize(codes, absmax, x.dtype).view(x.shape)
     return match_layout(torch.where(is_outlier | x.isnan(), x, values), x)
 
 
@@ -159,6 +175,12 @@ def vectorwise_fake_quantize_op(x: Tensor, threshold: float) -> Tensor:
     return reference_fake_quantize(x, threshold)
 
 
+@torch.library.custom_op("lightning_qat::vectorwise_dequantize", mutates_args=())
+def vectorwise_dequantize_op(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unchecked op behind :func:`dequantize_vectorwise` on a GPU; see :func:`reference_dequantize`."""
+    return reference_dequantize(codes, absmax, dtype)
+
+
 @vectorwise_quantize_op.register_fake
 def _(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
@@ -167,6 +189,11 @@ def _(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         x.new_empty(rows, dtype=torch.float32),
         x.new_empty(columns, dtype=torch.bool),
     )
+
+
+@vectorwise_dequantize_op.register_fake
+def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
 
 
 @vectorwise_fake_quantize_op.register_fake
@@ -248,3 +275,7 @@ def _kept(rows: Tensor, absmax: Tensor, is_outlier: Tensor, result: Tensor) -> T
     if len(kept):
         result[:, kept] = rows[:, kept]
     return result
+
+
+# The kernels of CUDA register themselves; they need what is defined above.
+from lightning_qat.ops import vectorwise_cuda as _cuda  # noqa: E402, F401

@@ -40,14 +40,21 @@ def columns_above_quantile(rows: Tensor, quantile: float) -> Tensor:
         return torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
     largest = torch.maximum(rows.amax(0), -rows.amin(0)).to(torch.float32)
     place = max(math.ceil(quantile * largest.numel()), 1)  # torch.quantile ends at 16 million
-    return largest > largest.kthvalue(place).values
+    # On a GPU kthvalue is refused where algorithms have to be deterministic, for indices that nobody takes here.
+    bound = largest.sort().values[place - 1] if largest.is_cuda else largest.kthvalue(place).values
+    return largest > bound
+
+
+def reference_codes(x: Tensor, absmax: Tensor) -> Tensor:
+    """Return the int8 codes of a matrix whose rows have the scales ``absmax``."""
+    return whole_codes(torch.round(vectorwise_steps(x, absmax)))
 
 
 # Ops, so that compiled graphs keep the rounding to float16, which they drop between float32 values.
 @torch.library.custom_op("lightning_qat::vectorwise_codes", mutates_args=())
 def vectorwise_codes_op(x: Tensor, absmax: Tensor) -> Tensor:
-    """Return the int8 codes of a matrix whose rows have the scales ``absmax``; unchecked."""
-    return whole_codes(torch.round(vectorwise_steps(x, absmax)))
+    """The unchecked codes of given scales; see :func:`reference_codes`."""
+    return reference_codes(x, absmax)
 
 
 @vectorwise_codes_op.register_kernel("cpu")
