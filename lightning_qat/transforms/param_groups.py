@@ -6,9 +6,11 @@ their own. Schedulers keep one number for each group of their optimizer and get 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -19,6 +21,9 @@ from lightning_qat.quantizers.learned_scale import LearnedScale
 #: What a scheduler keeps for each group: learning rates, and what is no learning rate.
 _RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "eta_mins")
 _OTHERS = ("lr_lambdas", "base_momentums", "max_momentums")
+
+#: Optimizers that update matrices alone, which scales are not (``Muon`` is there from torch 2.9 on).
+_MATRICES_ALONE: tuple[type[Optimizer], ...] = tuple(filter(None, [getattr(torch.optim, "Muon", None)]))
 
 #: Learning rates that schedulers keep in the group itself.
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -71,7 +76,8 @@ def separate_scales(
 
     Groups that hold scales alone, as of :func:`quantization_param_groups`, stay as they are. A new group is a copy of
     the one with the layer's weight (of the first, where no optimizer has the weight), with ``lr`` and without
-    weight decay. Doing it again changes nothing.
+    weight decay. Where ``Muon`` has the weight, it is that of the bias, or the first of another optimizer. Doing it
+    again changes nothing.
 
     Args:
         model: a prepared model.
@@ -84,7 +90,8 @@ def separate_scales(
         How many groups were added.
 
     Raises:
-        ValueError: if a scheduler keeps numbers for each group that are not known here, or for an ``lr`` with LBFGS.
+        ValueError: if a scheduler keeps numbers for each group that are not known here, for an ``lr`` with LBFGS, or
+            if there is no optimizer but ``Muon``.
     """
     scales, added = _scale_ids(model), 0
     optimizers = [optimizer for optimizer in optimizers if optimizer.param_groups]  # Lightning's stand-in for none
@@ -94,6 +101,7 @@ def separate_scales(
     optimizers = [optimizer for optimizer in optimizers if not isinstance(optimizer, LBFGS)]
     if not scales or not optimizers:
         return 0
+    optimizers = _without_matrices_alone(optimizers, scales)
     homes = _homes(model, optimizers)
     for optimizer in optimizers:
         groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
@@ -123,6 +131,21 @@ def _leave_whole(optimizer: Optimizer, scales: dict[int, nn.Parameter], lr: floa
         )
     for key in held:
         del scales[key]
+
+
+def _without_matrices_alone(optimizers: Sequence[Optimizer], scales: dict[int, nn.Parameter]) -> list[Optimizer]:
+    """Return the optimizers that take scales, and take scales out of the others: those of groups are matrices."""
+    others = [optimizer for optimizer in optimizers if not isinstance(optimizer, _MATRICES_ALONE)]
+    if not others:
+        raise ValueError(
+            f"{type(optimizers[0]).__name__} updates matrices alone, and learned scales are none; return a second "
+            "optimizer for the other parameters from configure_optimizers, such as AdamW for the biases"
+        )
+    for optimizer in optimizers:
+        if isinstance(optimizer, _MATRICES_ALONE):
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in scales]
+    return others
 
 
 def _homes(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, int]]:
@@ -169,18 +192,35 @@ def _add_group(
         group["lr"] = lr
     if "weight_decay" in group:
         group["weight_decay"] = 0.0
-    for scheduler in schedulers:
-        _check_known(scheduler, before)
+    rates = [_rates_of(scheduler, optimizer) for scheduler in schedulers]
+    for scheduler, known in zip(schedulers, rates, strict=True):
+        _check_known(scheduler, before, known)
     if "param_names" in template:
         group["params"] = [(f"quantization_scale.{before}.{i}", p) for i, p in enumerate(parameters)]
     else:
         group["params"] = parameters
     optimizer.add_param_group(group)
-    for scheduler in schedulers:
-        for name in (*_RATES, *_OTHERS):
+    for scheduler, known in zip(schedulers, rates, strict=True):
+        for name in (*known, *_OTHERS):
             values = getattr(scheduler, name, None)
             if isinstance(values, list) and len(values) == before:
-                values.append(_times(values[index], factor if name in _RATES else 1.0))
+                values.append(_times(values[index], 1.0 if name in _OTHERS else factor))
+        _check_answer(scheduler, before + 1)
+
+
+def _rates_of(scheduler: Any, optimizer: Optimizer) -> list[str]:
+    """Return the names of what ``scheduler`` keeps for each group and is a learning rate.
+
+    In a scheduler that is not PyTorch's also lists of exactly the rates that the groups have or were made with.
+    """
+    names = list(_RATES)
+    if type(scheduler).__module__ != LRScheduler.__module__:
+        held = [[float(g[key]) for g in optimizer.param_groups if key in g] for key in ("lr", "initial_lr")]
+        for name, value in vars(scheduler).items():
+            numbers = isinstance(value, list) and value and all(isinstance(v, (float, Tensor)) for v in value)
+            if numbers and name not in names and [float(v) for v in value] in held:
+                names.append(name)
+    return names
 
 
 def _made_with(group: dict[str, Any], index: int, schedulers: list[Any]) -> Any:
@@ -199,18 +239,35 @@ def _times(value: Any, factor: float) -> Any:
     return value if factor == 1.0 else value * factor
 
 
-def _check_known(scheduler: Any, groups: int) -> None:
+def _check_known(scheduler: Any, groups: int, rates: list[str]) -> None:
     if type(scheduler).__module__ == LRScheduler.__module__:
         return
-    known = (*_RATES, *_OTHERS)
+    known = (*rates, *_OTHERS)
     for name, value in vars(scheduler).items():
         if name in known or not isinstance(value, (list, tuple)) or len(value) != groups:
             continue
         numbers = all(isinstance(v, (int, float, Tensor)) or callable(v) for v in value)
         if numbers and isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)) and groups > 1:
-            raise ValueError(
-                f"the scheduler {type(scheduler).__name__} keeps {name!r} for each of the {groups} parameter groups, "
-                "which cannot be extended for the learned scales; make the optimizer with "
-                "quantization_param_groups(module, lr, quantization_lr), so that they have a group when the scheduler "
-                "is made"
-            )
+            raise _cannot_be_extended(scheduler, f"keeps {name!r} for each of the {groups} parameter groups")
+
+
+def _check_answer(scheduler: Any, groups: int) -> None:
+    """Raise where a scheduler that is not PyTorch's has no rate for the new group: a list of one may mean anything."""
+    if not isinstance(scheduler, LRScheduler) or type(scheduler).__module__ == LRScheduler.__module__:
+        return
+    twin: Any = copy.copy(scheduler)
+    twin._get_lr_called_within_step = True  # PyTorch warns of any other call
+    try:
+        rates = len(twin.get_lr())
+    except (IndexError, ValueError):
+        rates = 0
+    if rates < groups:
+        raise _cannot_be_extended(scheduler, "keeps numbers for each parameter group")
+
+
+def _cannot_be_extended(scheduler: Any, what: str) -> ValueError:
+    return ValueError(
+        f"the scheduler {type(scheduler).__name__} {what}, which cannot be extended for the learned scales; make the "
+        "optimizer with quantization_param_groups(module, lr, quantization_lr), so that they have a group when the "
+        "scheduler is made"
+    )

@@ -183,3 +183,70 @@ def test_a_scheduler_with_numbers_of_its_own_is_refused_and_works_with_groups_by
         separate_scales(model, [optimizer], [scheduler])
     by_hand = torch.optim.SGD(quantization_param_groups(model, 1.0, 0.1))
     assert separate_scales(model, [by_hand], [OwnSchedule(by_hand)]) == 0
+
+
+class OwnPeak(schedulers.LRScheduler):
+    def __init__(self, optimizer):
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [peak / (1 + self.last_epoch) for peak in self.peaks]
+
+
+class NoneOfPyTorch:
+    """As those of timm, which know no ``LRScheduler``."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.base_values = optimizer, [group["lr"] for group in optimizer.param_groups]
+
+    def step(self, time):
+        for group, value in zip(self.optimizer.param_groups, self.base_values, strict=False):
+            group["lr"] = value * 0.5**time
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rates_that_a_scheduler_of_ones_own_keeps_go_on(groups):
+    for kind in (OwnPeak, NoneOfPyTorch):
+        model = model_of()
+        apart = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5}]
+        optimizer = torch.optim.SGD(model.parameters() if groups == 1 else apart, 1.0)
+        scheduler = kind(optimizer)
+        assert separate_scales(model, [optimizer], [scheduler], 0.25) == groups
+        optimizer.step()
+        scheduler.step() if kind is OwnPeak else scheduler.step(1)
+        expected = [0.5, 0.125] if groups == 1 else [0.5, 0.25, 0.125, 0.125]
+        assert [group["lr"] for group in optimizer.param_groups] == expected
+
+
+def test_a_scheduler_that_has_no_rate_for_the_new_group_is_refused():
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scheduler = OwnSchedule(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="OwnSchedule keeps numbers.*quantization_param_groups"):
+            separate_scales(model, [optimizer], [scheduler])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with torch 2.9")
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_muon_gets_no_scale(group_size):
+    model = lq.prepare(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, bias=False)),
+        lq.QATConfig("int4", per_channel=True, group_size=group_size, activation_bits=None, learnable_step_size=True),
+    )
+    model(torch.randn(3, 4))
+    muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], 0.1)
+    with pytest.raises(ValueError, match="Muon updates matrices alone.*a second optimizer"):
+        separate_scales(model, [muon])
+    adam = torch.optim.AdamW([model[0].bias], 0.01)
+    assert separate_scales(model, [muon, adam], lr=0.001) == 1
+    assert separate_scales(model, [muon, adam], lr=0.001) == 0
+    ids = [[id(p) for p in group["params"]] for group in (*muon.param_groups, *adam.param_groups)]
+    learned = [id(p) for scale in learned_scales(model) for p in scale.parameters()]
+    assert ids == [[id(model[0].weight), id(model[1].weight)], [id(model[0].bias)], learned]
+    assert adam.param_groups[1]["lr"] == 0.001
+    model(torch.randn(3, 4)).sum().backward()
+    muon.step()
+    adam.step()
