@@ -61,11 +61,13 @@ def test_a_size_that_is_no_side_is_refused(tmp_path, size):
 
 def test_fake_quantize_takes_any_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "Gauge", lambda device: gauge(10.0))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     found = run_here(tmp_path, groups=["fake_quantize"], device="cpu", size=13)
-    assert {timing.name for timing in found.timings} == {"torch", "lightning_qat"}
+    assert {timing.name for timing in found.timings} == {"torch", "torch.compile", "lightning_qat"}
 
 
-def test_the_verb_writes_json_with_machine_and_versions(tmp_path):
+def test_the_verb_writes_json_with_machine_and_versions(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # it would take half a minute
     done = run(tmp_path, "groups=[fake_quantize]", "rounds=1", "size=256", "device=cpu")
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.rglob("benchmark.json")
@@ -77,7 +79,7 @@ def test_the_verb_writes_json_with_machine_and_versions(tmp_path):
     assert results["commit"] == source_commit()
     assert results["notes"] == []
     assert "not installed" not in done.stdout  # this group has no such peers
-    assert {timing["name"] for timing in results["timings"]} == {"torch", "lightning_qat"}
+    assert {timing["name"] for timing in results["timings"]} == {"torch", "torch.compile", "lightning_qat"}
     forward, *_, learned = results["timings"]
     assert (forward["moved"], learned["moved"]) == (2 * 256 * 256 * 4, 3 * 256 * 256 * 4)
     assert forward["of_copy"] > 0

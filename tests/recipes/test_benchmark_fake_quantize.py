@@ -1,6 +1,7 @@
 """Group ``fake_quantize`` verifies numbers and both gradients before it times. No time is looked at."""
 
 import pytest
+import torch
 
 from lightning_qat.recipes import _benchmark_fake_quantize
 from lightning_qat.recipes._timing import Conditions
@@ -31,8 +32,25 @@ def test_a_peer_of_fake_quantize_that_breaks_is_a_note(monkeypatch):
         raise AttributeError("gone")
 
     monkeypatch.setattr(_benchmark_fake_quantize, "_torch_learned", broken)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     results = _benchmark_fake_quantize.fake_quantize_group(Conditions(1, size=64))
     assert results.notes == [
         "torch is not timed in fake_quantize backward, scale gradient: AttributeError: gone",
     ]
-    assert [(t.name, t.ratio) for t in results.timings if "scale gradient" in t.group] == [("lightning_qat", 1.0)]
+    assert [t.name for t in results.timings if "scale gradient" in t.group] == ["torch.compile", "lightning_qat"]
+
+
+def test_without_a_compiler_the_rest_is_timed(monkeypatch):
+    def compiled(function):
+        def call(*args):
+            raise RuntimeError("no compiler\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    results = _benchmark_fake_quantize.fake_quantize_group(Conditions(1, size=64))
+    assert results.notes == [
+        "torch.compile is not timed in fake_quantize forward: RuntimeError: no compiler",
+        "torch.compile is not timed in fake_quantize backward, scale gradient: RuntimeError: no compiler",
+    ]
+    assert {t.name for t in results.timings} == {"torch", "lightning_qat"}
