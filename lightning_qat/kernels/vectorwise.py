@@ -76,15 +76,11 @@ def _mark(pointers, outlier):
 
 
 @triton.jit
-def _write(
-    x, kept, factor, absmax, pointers, mask, VALUES: tl.constexpr, PER_CODE: tl.constexpr
-):  # fmt: skip
-    """Store codes, or values with NaN as it is. Outliers get 0 here."""
+def _write(kept, factor, absmax, pointers, mask, VALUES: tl.constexpr, PER_CODE: tl.constexpr):
+    """Store codes or values, 0 for outliers. Of a row with a NaN the absmax is one, and so are all values."""
     codes = whole(kept * factor)
     if VALUES:
-        own = x.to(tl.float32)
-        values = tl.where(own == own, codes * absmax * PER_CODE, own)
-        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+        tl.store(pointers, (codes * absmax * PER_CODE).to(pointers.dtype.element_ty), mask=mask)
     else:
         tl.store(pointers, codes.to(tl.int8), mask=mask)
 
@@ -99,8 +95,7 @@ def vectorwise_rows_kernel(
     exists = row < rows
     start, column = start[:, None], tl.arange(0, COLUMNS)[None, :]
     mask = exists[:, None] & (column < columns)
-    x = tl.load(x_ptr + start + column, mask=mask, other=0.0)
-    kept, outlier = _kept_of(x, mask, limit, HAS_LIMIT)
+    kept, outlier = _kept_of(tl.load(x_ptr + start + column, mask=mask, other=0.0), mask, limit, HAS_LIMIT)
     absmax = magnitude(kept, 1)
     if HAS_LIMIT:
         _mark(outliers_ptr + column, outlier)
@@ -114,13 +109,12 @@ def vectorwise_rows_kernel(
     if not VALUES:
         tl.store(absmax_ptr + row, absmax, mask=exists)
     factor, unit = steps_to_a_unit(absmax)[:, None], absmax[:, None]
-    _write(x, kept, factor, unit, out_ptr + start + column, mask, VALUES, PER_CODE)
+    _write(kept, factor, unit, out_ptr + start + column, mask, VALUES, PER_CODE)
     for block in range(1, blocks):
         at = block * COLUMNS + column
         inside = exists[:, None] & (at < columns)
-        more = tl.load(x_ptr + start + at, mask=inside, other=0.0)
-        others, _ = _kept_of(more, inside, limit, HAS_LIMIT)
-        _write(more, others, factor, unit, out_ptr + start + at, inside, VALUES, PER_CODE)
+        more, _ = _kept_of(tl.load(x_ptr + start + at, mask=inside, other=0.0), inside, limit, HAS_LIMIT)
+        _write(more, factor, unit, out_ptr + start + at, inside, VALUES, PER_CODE)
 
 
 @triton.jit
