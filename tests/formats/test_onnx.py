@@ -138,6 +138,21 @@ def test_a_bert_of_transformers(tmp_path: Path) -> None:
     assert float((found - expected).abs().max()) < 5e-2  # one step of an input's grid, where a code falls the other way
 
 
+def test_a_llama_of_transformers_whose_config_asks_for_a_cache(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1))
+    model = converted(model, "int8", {"input_ids": torch.randint(0, 99, (2, 6))})
+    lq.export(model, tmp_path / "model.onnx", "onnx", example={"input_ids": torch.randint(0, 99, (2, 6))})
+    ids = torch.randint(0, 99, (3, 5))
+    found, _ = run(tmp_path / "model.onnx", ids)
+    with torch.no_grad():
+        expected = model(ids)
+    assert expected.past_key_values is not None  # the model's own config is as it was
+    assert float((found - expected.logits).abs().max()) < 5e-2
+
+
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
