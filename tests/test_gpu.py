@@ -18,6 +18,9 @@ import lightning_qat as lq
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 LEARNED = lq.QATConfig(bits=4, activation_bits=8, learnable_step_size=True)
+#: Outliers by magnitude, as bitsandbytes finds them, and not by a quantile of the columns.
+OUTLIERS = lq.QATConfig("llm_int8", bnb=lq.BitsAndBytesConfig(outlier_threshold=1.5))
+NESTED = lq.QATConfig("nf4", activation_bits=None, bnb=lq.BitsAndBytesConfig(bits=4, nested_quantization=True))
 
 
 def network() -> nn.Sequential:
@@ -88,7 +91,11 @@ def test_a_resumed_run_is_the_same(tmp_path) -> None:
         assert not isinstance(value, Tensor) or torch.equal(value.cpu(), expected[name].cpu()), name
 
 
-@pytest.mark.parametrize("plan", ["int8", "w4a8", LEARNED], ids=["int8", "w4a8", "learned"])
+@pytest.mark.parametrize(
+    "plan",
+    ["int8", "w4a8", LEARNED, "nf4", "fp4", "dynamic_tree", "llm_int8", OUTLIERS],
+    ids=["int8", "w4a8", "learned", "nf4", "fp4", "dynamic_tree", "llm_int8", "llm_int8 threshold"],
+)
 def test_a_step_does_not_wait_for_the_gpu(plan: object) -> None:
     x = torch.randn(16, 3, 16, 16, device="cuda")
     model = lq.prepare(network().cuda(), plan)
@@ -100,6 +107,32 @@ def test_a_step_does_not_wait_for_the_gpu(plan: object) -> None:
             model(x).square().mean().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "plan",
+    ["nf4", "fp4", "dynamic_tree", "llm_int8", OUTLIERS, NESTED],
+    ids=["nf4", "fp4", "dynamic_tree", "llm_int8", "llm_int8 threshold", "nf4 nested"],
+)
+def test_a_layer_trains_on_the_values_that_it_has_on_a_cpu(plan: object, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    here = lq.prepare(nn.Sequential(nn.Linear(130, 67)).to(dtype), plan)[0]
+    there, x = copy.deepcopy(here).cuda(), torch.randn(3, 40, 130).to(dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for layer in (here, there):
+            weight = layer.weight_quantizer(layer.weight)
+            gradient = torch.autograd.grad(weight, layer.weight, torch.ones_like(weight))[0]
+            results.append([weight, gradient, layer.quantized_input(x.to(weight.device))])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(*results, strict=True):
+        if plan is NESTED:  # the mean of the scales is added up in another order
+            assert lq.sqnr(one.float(), other.cpu().float()) > 40
+        else:
+            assert torch.equal(one, other.cpu())
 
 
 PRESETS = ("int8", "int8_dynamic", "int8_weight_only", "llm_int8", "w4a8", "w4a16", "nf4", "fp4", "dynamic_tree")
