@@ -15,11 +15,18 @@ from torch.nn import functional as F
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
 from lightning_qat.schemes import TensorFormat, get_scheme
 
+#: Below 8 bits a symmetric scale puts the largest magnitude of a row halfway between two codes, where float rounding,
+#: which differs between training and the converted model, decides for one. Scales this much larger leave it the nearer.
+_OFF_THE_TIE = 1.0 + 2.0**-10
+
 
 def _on_grid(x: Tensor, bits: int, *, symmetric: bool = True) -> Tensor:
     """Return ``x`` fake-quantized, with a range for each row along its last dimension."""
     fmt = TensorFormat("int8", bits, symmetric, dynamic=True)
-    return get_scheme(fmt.scheme).fake_quantize(x, *dynamic_parameters(x, fmt, None))
+    scale, zero_point, fmt = dynamic_parameters(x, fmt, None)
+    if symmetric and bits < 8:
+        scale = scale * _OFF_THE_TIE
+    return get_scheme(fmt.scheme).fake_quantize(x, scale, zero_point, fmt)
 
 
 class CalledProjections(nn.MultiheadAttention):

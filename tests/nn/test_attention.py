@@ -11,6 +11,7 @@ from torch import nn
 
 import lightning_qat as lq
 from lightning_qat.nn.attention import INPUT_PROJECTIONS
+from lightning_qat.nn.attention_core import _on_grid
 
 WIDE = lq.QATConfig(bits=16, activation_bits=16, per_channel=True)
 HEADS, FEATURES = 2, 8
@@ -268,6 +269,17 @@ def test_products_are_quantized_row_by_row():
     found, kept = module._attend_in_steps(q, k, v, None, torch.Size((5, 3, FEATURES)), 8)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(kept.flatten(0, 1).double(), weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_rounding_noise_does_not_move_the_largest_of_a_row(bits):
+    torch.manual_seed(0)
+    x = torch.randn(2000, 16)
+    noisy = x * (1 + torch.randn_like(x) * 2.0**-24)
+    largest = x.abs().argmax(1, keepdim=True)
+    step = x.abs().amax() / 2 ** (bits - 1)
+    moved = (_on_grid(x, bits) - _on_grid(noisy, bits)).abs().gather(1, largest)
+    assert moved.max() < 1e-3 * step
 
 
 def test_the_float_module_may_ask_for_quantized_products(tmp_path):
