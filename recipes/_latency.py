@@ -190,6 +190,12 @@ def _why(execution: Mapping[str, int]) -> str:
         name.removeprefix("reference: "): count for name, count in execution.items() if name.startswith("reference")
     }
     total = sum(execution.values())
+    weight_only = sum(count for name, count in execution.items() if name.endswith("weight-only"))
+    if not reasons and weight_only == total:
+        return (
+            f"all {total} layers multiply float inputs by the weight as it is stored, which saves memory, and time only "
+            "for few tokens; quantization=int8 computes with integers"
+        )
     if not reasons:
         return f"all {total} layers compute with integers; here quantizing their inputs costs more than that saves"
     listed = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())

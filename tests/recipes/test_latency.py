@@ -121,6 +121,8 @@ def test_the_line_names_batch_factor_and_reason() -> None:
     (line,) = Latency(times, {"onednn int8": 3}).lines()
     assert line.startswith("The converted model takes 1.30 times the float model's time at batch 1 on this CPU: ")
     assert "all 3 layers compute with integers" in line
+    (line,) = Latency(times, {"native int4, weight-only": 3}).lines()
+    assert "all 3 layers multiply float inputs by the weight as it is stored" in line
     mixed = {"onednn int8": 1, "reference: weight-only": 4, "reference: 16-bit inputs": 2}
     (line,) = Latency(times, mixed).lines()
     assert "6 of 7 layers compute in float from their codes (weight-only: 4; 16-bit inputs: 2)" in line
