@@ -100,7 +100,9 @@ class LLMInt8Scheme(Scheme):
         if columns is not None and columns.numel():
             kept = rows[:, columns]
             wide = tensor.dtype == torch.bfloat16 or bool((kept.abs() > torch.finfo(torch.float16).max).any())
-            outliers = Outliers(columns, kept.to(torch.bfloat16 if wide else torch.float16))
+            dtype = torch.bfloat16 if wide else torch.float16
+            largest = torch.finfo(dtype).max  # rounding would make what is beyond it infinite
+            outliers = Outliers(columns, kept.clamp(-largest, largest).to(dtype))
         codes = self.pack(rows_to(codes, tensor, fmt), fmt)
         scale = absmax.reshape(() if fmt.axis is None else -1)
         return QuantizedTensor(codes, {"": scale}, None, fmt, tensor.shape, tensor.dtype, outliers)
