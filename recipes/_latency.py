@@ -193,8 +193,8 @@ def _why(execution: Mapping[str, int]) -> str:
     weight_only = sum(count for name, count in execution.items() if name.endswith("weight-only"))
     if not reasons and weight_only == total:
         return (
-            f"all {total} layers multiply float inputs by the weight as it is stored, which saves memory, and time only "
-            "for few tokens; quantization=int8 computes with integers"
+            f"all {total} layers multiply float inputs by the weight as it is stored, which saves memory, and time for "
+            "few tokens alone; quantization=int8 computes with integers"
         )
     if not reasons:
         return f"all {total} layers compute with integers; here quantizing their inputs costs more than that saves"
