@@ -3,8 +3,9 @@
 Weights are ``[N, K]``, two codes to a byte along ``K``: integers in groups (**low** nibble first, signed codes offset
 by 8; :mod:`lightning_qat.ops.packing`) or a codebook (**high** nibble first, flat blocks; bitsandbytes).
 
-Two ways to multiply: :mod:`lightning_qat.kernels.w4a16_gemv` for few rows, and here tiles on the matrix units. What the
-units multiply has the dtype of ``x``. Integers whose groups the tiles do not cross go in as ``code - zero_point``,
+Three ways to multiply: :mod:`lightning_qat.kernels.w4a16_rows` for integers and up to 16 rows of 16 bits,
+:mod:`lightning_qat.kernels.w4a16_gemv` for one or two others, and here tiles on the matrix units. What the units
+multiply has the dtype of ``x``. Integers whose groups the tiles do not cross go in as ``code - zero_point``,
 which float16 and bfloat16 hold exactly, and the scale is applied in float32 to the sum of each step. All others go in
 as ``(value * scale).to(x.dtype)``, the dequantized weight rounded as a dense layer would hold it.
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lightning_qat.kernels.launch import Tuned, blocks_of, launch, on_device_of
 from lightning_qat.kernels.w4a16_gemv import add_parts, gemv_fits, launch_w4a16_gemv
+from lightning_qat.kernels.w4a16_rows import launch_w4a16_rows, rows_fit
 
 #: No code depends on these sums, and a multiply-add rounds once instead of twice.
 _FUSED = {"enable_fp_fusion": True}
@@ -153,6 +155,8 @@ def launch_w4a16_matmul(
     n = 2 * packed.numel() // k
     x, packed, scale = x.contiguous(), packed.contiguous(), scale.to(torch.float32).contiguous()
     zero = _unsigned_zero(scale, zero_point, table, signed)
+    if tile is None and split is None and table is None and rows_fit(m, k, group_size, x.dtype):
+        return launch_w4a16_rows(x, packed, scale, zero, bias, group=group_size)
     if tile is None and gemv_fits(m, k, group_size, codebook=table is not None):
         return launch_w4a16_gemv(x, packed, scale, zero, table, bias, group=group_size, split=split)
     tile = tile or choose_tile(m, x.dtype)

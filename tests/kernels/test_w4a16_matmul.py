@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_qat.kernels import w4a16_gemv as gemv
 from lightning_qat.kernels import w4a16_matmul as kernels
+from lightning_qat.kernels import w4a16_rows
 from lightning_qat.ops.codebook_tables import codebook
 from lightning_qat.ops.packing import pack_bits
 
@@ -145,6 +146,60 @@ def test_few_rows(
     assert_close(out, x, weight.exact, bias, 0.0 if fits else rounding(name, x, False))
 
 
+ROW_SHAPES = ((64, 64), (96, 32), (320, 64), (128, 128), (2304, 256), (1152, 1152))
+
+
+@pytest.mark.parametrize("name", ["signed", "unsigned", "zero"])
+@given(
+    shape=st.tuples(st.integers(1, 16), st.integers(1, 70), st.sampled_from(ROW_SHAPES)),
+    dtype=st.sampled_from(DTYPES[1:]),
+    with_bias=st.booleans(),
+)
+@settings(max_examples=10, deadline=None)
+def test_rows_on_the_matrix_units(
+    device: str, name: str, shape: tuple[int, int, tuple[int, int]], dtype: torch.dtype, with_bias: bool
+) -> None:
+    m, n, (k, group) = shape
+    weight, x = Weight(name, n, k, group), randn(m, k, seed=m).to(dtype)
+    bias = randn(n, seed=9).to(dtype) if with_bias else None
+    assert w4a16_rows.rows_fit(m, k, group, dtype)
+    assert_close(weight.multiply(x.to(device), bias).cpu(), x, weight.exact, bias, 0.0)
+
+
+def test_rows_of_a_large_weight(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many columns for each program as a weight gets that keeps a GPU busy, and a part of the depth left over."""
+    monkeypatch.setattr(w4a16_rows, "_PROGRAMS", 1)
+    n, k = 2 * w4a16_rows._MANY_COLUMNS - 5, 1056
+    weight, x = Weight("signed", n, k, 32), randn(2, k).bfloat16()
+    assert_close(weight.multiply(x.to(device), None).cpu(), x, weight.exact, None, 0.0)
+
+
+@pytest.mark.parametrize("side", [2, 4])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_either_order_of_the_depth_is_that_of_both_operands(
+    device: str, monkeypatch: pytest.MonkeyPatch, side: int, group: int
+) -> None:
+    monkeypatch.setattr(w4a16_rows, "_SIDE_BY_SIDE", side)
+    weight = Weight("zero", 16, 128, group)
+    identity = torch.eye(128).bfloat16()
+    rows = torch.cat([weight.multiply(part.to(device), None) for part in identity.split(16)]).cpu()
+    assert torch.equal(rows, weight.exact.float().bfloat16().t())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k", "group", "rows"),
+    [
+        (torch.float32, 128, 128, 1),
+        (torch.bfloat16, 128, 16, 1),
+        (torch.bfloat16, 112, 112, 1),
+        (torch.bfloat16, 128, 128, 17),
+        (torch.bfloat16, 128, 128, 0),
+    ],
+)
+def test_what_the_rows_do_not_take(dtype: torch.dtype, k: int, group: int, rows: int) -> None:
+    assert not w4a16_rows.rows_fit(rows, k, group, dtype)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_code_in_every_place_of_a_word(device: str, name: str) -> None:
     """Products with the rows of the identity are the weights themselves."""
@@ -199,6 +254,17 @@ def test_wrong_arguments_are_named(device: str) -> None:
 @pytest.mark.parametrize("name", sorted(kernels.TUNED))
 def test_tiles_compile_without_spills(compiler: None, name: str) -> None:
     aot.check(kernels.TUNED[name])
+
+
+@pytest.mark.parametrize("name", sorted(w4a16_rows.TUNED))
+def test_rows_compile_without_spills_or_exchanges_of_the_weight(compiler: None, name: str) -> None:
+    """Threads hand each other scales, zero points and sums; the weight would be 32 stores and more."""
+    aot.check(w4a16_rows.TUNED[name])
+    for capability in aot.CAPABILITIES:
+        ptx = aot.ptx(w4a16_rows.TUNED[name], capability)
+        assert "mma.sync" in ptx
+        assert ptx.count("st.shared") + ptx.count("stmatrix") <= 12
+        assert ptx.count("shfl.sync") <= 48  # the sum over the parts of the depth
 
 
 @pytest.mark.parametrize("name", sorted(gemv.TUNED))
