@@ -17,6 +17,7 @@ for 8 rows as for one, where float32 sums of :mod:`lightning_qat.kernels.w4a16_g
 from __future__ import annotations
 
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -49,7 +50,7 @@ _SIDE_BY_SIDE = 4 if tuple(int(part) for part in triton.__version__.split(".")[:
 _FUSED = {"enable_fp_fusion": True}
 #: With zero points ptxas spills rather than take more than 80 registers, unless told that it may; 128 leave room for
 #: two programs on a multiprocessor.
-_OPTIONS = {False: _FUSED, True: {**_FUSED, "maxnreg": 128}}
+_OPTIONS: dict[bool, dict[str, Any]] = {False: _FUSED, True: {**_FUSED, "maxnreg": 128}}
 
 
 @triton.jit
