@@ -13,9 +13,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from lightning_qat.config import QATConfig, QuantizationConfig
+from lightning_qat.config import QATConfig, QuantizationConfig, QuantizationScheme
+from lightning_qat.quantizers.dynamic_range import dynamic_parameters
 from lightning_qat.quantizers.quantizer import quantize
-from lightning_qat.schemes import TensorFormat, get_scheme, weight_format
+from lightning_qat.schemes import TensorFormat, get_scheme, input_format, weight_format
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
 from lightning_qat.transforms.checkpoint import load_quantized, save_quantized
 from lightning_qat.transforms.convert import convert
@@ -29,7 +30,8 @@ def check_scheme(name: str, config: QuantizationConfig | None = None) -> None:
 
     What a prepared layer computes with is bit for bit what its codes stand for, also packed, saved and read again;
     codes are integers that fit the bits; nothing changes its arguments; gradients are finite and go straight through;
-    models with it train, convert, save and load.
+    models with it train, convert, save and load. Ranges found at run time (``"dynamic"``) are those of inputs, beside
+    8-bit weights.
 
     Args:
         name: of a registered scheme.
@@ -40,17 +42,22 @@ def check_scheme(name: str, config: QuantizationConfig | None = None) -> None:
     """
     for chosen in [config] if config is not None else _configs(name):
         for what, x in _tensors():
-            fmt = weight_format(chosen, x.shape)
-            _check_codes(f"{chosen}, {what}", x, fmt)
-            _check_gradient(f"{chosen}, {what}", x, fmt)
+            if x.numel() or not chosen.dynamic:
+                found = _found(chosen, x)
+                _check_codes(f"{chosen}, {what}", x, *found)
+                _check_gradient(f"{chosen}, {what}", x, *found)
             _check_tensor(f"{chosen}, {what}", x, chosen)
-        _check_linear(str(chosen), chosen)
+        if not chosen.dynamic:
+            _check_linear(str(chosen), chosen)
         _check_model(str(chosen), chosen)
 
 
 def _configs(name: str) -> Iterator[QuantizationConfig]:
     yield QuantizationConfig(name)
-    if get_scheme(name).block_size is None:
+    if name == QuantizationScheme.DYNAMIC:
+        yield QuantizationConfig(name, symmetric=False)
+        yield QuantizationConfig(name, dynamic_range="tensor")
+    elif get_scheme(name).block_size is None:
         yield QuantizationConfig(name, per_channel=True)
 
 
@@ -78,9 +85,16 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _check_codes(where: str, x: Tensor, fmt: TensorFormat) -> None:
+def _found(config: QuantizationConfig, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat]:
+    """Return scale and zero point of the ranges that ``x`` has, and its format."""
+    if config.dynamic:
+        return dynamic_parameters(x, input_format(config), None)
+    fmt = weight_format(config, x.shape)
+    return *get_scheme(fmt.scheme).parameters_of(x, fmt), fmt
+
+
+def _check_codes(where: str, x: Tensor, scale: Tensor, zero_point: Tensor, fmt: TensorFormat) -> None:
     scheme = get_scheme(fmt.scheme)
-    scale, zero_point = scheme.parameters_of(x, fmt)
     given = [t.clone() for t in (x, scale, zero_point)]
     codes = scheme.quantize(x, scale, zero_point, fmt)
     _require(not codes.is_floating_point() and codes.shape == x.shape, where, "quantize returns no integers like x")
@@ -104,11 +118,10 @@ def _check_codes(where: str, x: Tensor, fmt: TensorFormat) -> None:
         _require(torch.equal(before, after), where, "a method changed its argument")
 
 
-def _check_gradient(where: str, x: Tensor, fmt: TensorFormat) -> None:
+def _check_gradient(where: str, x: Tensor, scale: Tensor, zero_point: Tensor, fmt: TensorFormat) -> None:
     if not x.numel():
         return
     scheme = get_scheme(fmt.scheme)
-    scale, zero_point = scheme.parameters_of(x, fmt)
     source = x.detach().clone().requires_grad_()
     gradient = torch.autograd.grad(scheme.fake_quantize(source, scale, zero_point, fmt).sum(), source)[0]
     _require(bool(torch.isfinite(gradient).all()), where, "fake_quantize has a gradient that is not finite")
@@ -155,7 +168,7 @@ def _check_model(where: str, config: QuantizationConfig) -> None:
     def build() -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5))
 
-    model = prepare(build(), replace(config, calibration_samples=None))
+    model = prepare(build(), _plan(config))
     images, optimizer = torch.randn(8, 2, 4, 4), torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -170,4 +183,13 @@ def _check_model(where: str, config: QuantizationConfig) -> None:
         loaded = load_quantized(Path(folder) / "model", build())
     with torch.no_grad():
         _require(torch.equal(loaded(images), quantized(images)), where, "a saved model computes something else")
-    QATConfig(str(config.scheme), activation_bits=None)  # which recipes make of a name
+    if not config.dynamic:
+        QATConfig(str(config.scheme), activation_bits=None)  # which recipes make of a name
+
+
+def _plan(config: QuantizationConfig) -> QATConfig | QuantizationConfig:
+    if not config.dynamic:
+        return replace(config, calibration_samples=None)
+    return QATConfig(
+        activation_bits=config.bits, activation_symmetric=config.symmetric, activation_dynamic=config.dynamic_range
+    )

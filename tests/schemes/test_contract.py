@@ -7,11 +7,11 @@ import torch
 
 from lightning_qat import BitsAndBytesConfig, QuantizationConfig, quantize
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
-from lightning_qat.schemes import get_scheme, input_format, registered_schemes
+from lightning_qat.schemes import IntegerScheme, get_scheme, input_format, registered_schemes
 from lightning_qat.testing import check_scheme
 
 
-@pytest.mark.parametrize("name", [n for n in registered_schemes() if n != "dynamic"])
+@pytest.mark.parametrize("name", registered_schemes())
 def test_every_scheme_keeps_its_contract(name: str) -> None:
     check_scheme(name)
 
@@ -63,3 +63,14 @@ def test_ranges_found_at_run_time(symmetric: bool, covers: str, bits: int) -> No
         values = scheme.dequantize(unpacked, scale, zero_point, fmt, x.dtype)
         assert torch.equal(values, scheme.fake_quantize(x, scale, zero_point, fmt))
         assert torch.equal(quantize(x, config).dequantize(), values)
+
+
+def test_ranges_found_at_run_time_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = IntegerScheme.dequantize
+
+    def wrong(self, codes, scale, zero_point, fmt, dtype):
+        return right(self, codes, scale, zero_point, fmt, dtype) * (1.5 if fmt.dynamic else 1.0)
+
+    monkeypatch.setattr(IntegerScheme, "dequantize", wrong)
+    with pytest.raises(AssertionError, match="what is packed is not what fake_quantize trains with"):
+        check_scheme("dynamic")
