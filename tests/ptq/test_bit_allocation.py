@@ -14,7 +14,7 @@ from tensors import randn
 from torch import nn
 
 import lightning_qat as lq
-from lightning_qat.ptq import LayerSensitivity, allocate_bits, measure_sensitivity, mixed_plan, write_plan
+from lightning_qat import LayerSensitivity, allocate_bits, measure_sensitivity, mixed_plan, write_plan
 
 
 def network() -> nn.Module:
