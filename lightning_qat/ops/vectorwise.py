@@ -20,6 +20,7 @@ from lightning_qat.ops.affine_cpu import dequantize_pieces, takes_pieces
 from lightning_qat.ops.chunks import CHUNK
 from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import match_layout
+from lightning_qat.ops.vectorwise_codes import takes_op
 from lightning_qat.ops.workspace import advise_huge_pages
 
 #: bitsandbytes multiplies by this instead of dividing by 127.
@@ -96,6 +97,29 @@ def fake_quantize_vectorwise(x: Tensor, threshold: float = 0.0) -> Tensor:
     return vectorwise_fake_quantize_op(x, threshold)
 
 
+def fake_quantize_beside(x: Tensor, kept: Tensor) -> Tensor:
+    """Return :func:`fake_quantize_vectorwise` of all columns but some, which stay and count for no absmax.
+
+    Args:
+        x: floating point ``[..., C]``; every index of the dimensions but the last is a token.
+        kept: which columns stay as they are, bool ``[C]``.
+
+    Returns:
+        A new tensor with the shape, dtype and strides of ``x``, whose gradient passes unchanged.
+
+    Raises:
+        ValueError: if ``x`` has no dimension or is not floating point, or ``kept`` does not fit it.
+    """
+    if x.dim() == 0 or kept.dtype != torch.bool or kept.shape != x.shape[-1:]:
+        raise ValueError(
+            f"kept is {kept.dtype} of shape {tuple(kept.shape)} for x of shape {tuple(x.shape)}; "
+            "use torch.bool with one element for each index of the last dimension"
+        )
+    _check(x, 0.0)
+    refuse_tangents(x)
+    return vectorwise_fake_quantize_beside_op(x, kept)
+
+
 def _check(x: Tensor, threshold: float) -> None:
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; use a floating-point dtype")
@@ -117,7 +141,7 @@ def reference_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> T
 
 
 def _values(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    if _takes_op(codes, absmax):
+    if takes_op(codes, absmax):
         return vectorwise_dequantize_op(codes, absmax, dtype)
     if not codes.numel() or not takes_pieces(codes, absmax):
         return reference_dequantize(codes, absmax, dtype)
@@ -128,15 +152,6 @@ def _values(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     for piece in values.view(-1).split(CHUNK):
         piece.mul_(PER_CODE)
     return values.to(dtype)
-
-
-def _takes_op(codes: Tensor, absmax: Tensor) -> bool:
-    """Return whether these are on a GPU and nothing traces, transforms or differentiates them."""
-    if not codes.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return not (torch.is_grad_enabled() and absmax.requires_grad)
 
 
 def reference_quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +175,11 @@ def reference_fake_quantize(x: Tensor, threshold: float) -> Tensor:
     return match_layout(torch.where(is_outlier | x.isnan(), x, values), x)
 
 
+def reference_fake_quantize_beside(x: Tensor, kept: Tensor) -> Tensor:
+    """Return ``x`` fake-quantized but for the columns ``kept`` (bool ``[C]``)."""
+    return torch.where(kept, x, reference_fake_quantize(x.masked_fill(kept, 0.0), 0.0))
+
+
 # --- the ops --------------------------------------------------------------------------------------
 
 
@@ -173,6 +193,12 @@ def vectorwise_quantize_op(x: Tensor, threshold: float) -> tuple[Tensor, Tensor,
 def vectorwise_fake_quantize_op(x: Tensor, threshold: float) -> Tensor:
     """The unchecked op behind :func:`fake_quantize_vectorwise`; see :func:`reference_fake_quantize`."""
     return reference_fake_quantize(x, threshold)
+
+
+@torch.library.custom_op("lightning_qat::vectorwise_fake_quantize_beside", mutates_args=())
+def vectorwise_fake_quantize_beside_op(x: Tensor, kept: Tensor) -> Tensor:
+    """The unchecked op behind :func:`fake_quantize_beside`; see :func:`reference_fake_quantize_beside`."""
+    return match_layout(reference_fake_quantize_beside(x, kept), x)
 
 
 @torch.library.custom_op("lightning_qat::vectorwise_dequantize", mutates_args=())
@@ -201,11 +227,17 @@ def _(x: Tensor, threshold: float) -> Tensor:
     return torch.empty_like(x)
 
 
+@vectorwise_fake_quantize_beside_op.register_fake
+def _(x: Tensor, kept: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
 
 
 vectorwise_fake_quantize_op.register_autograd(_backward)
+vectorwise_fake_quantize_beside_op.register_autograd(_backward)
 
 
 # --- the kernel of the CPU ------------------------------------------------------------------------
@@ -264,6 +296,12 @@ def vectorwise_fake_quantize_cpu(x: Tensor, threshold: float) -> Tensor:
         values.mul_(absmax[part].unsqueeze(1)).mul_(PER_CODE)
         result[part].copy_(values)
     return match_layout(_kept(rows, absmax, is_outlier, result).view(x.shape), x)
+
+
+@vectorwise_fake_quantize_beside_op.register_kernel("cpu")
+def vectorwise_fake_quantize_beside_cpu(x: Tensor, kept: Tensor) -> Tensor:
+    """The definition by way of the kernel above."""
+    return match_layout(torch.where(kept, x, vectorwise_fake_quantize_cpu(x.masked_fill(kept, 0.0), 0.0)), x)
 
 
 def _kept(rows: Tensor, absmax: Tensor, is_outlier: Tensor, result: Tensor) -> Tensor:

@@ -29,6 +29,15 @@ def whole_codes(steps: Tensor) -> Tensor:
     return torch.nan_to_num(steps, nan=0.0).clamp_(-127, 127).to(torch.int8)
 
 
+def takes_op(*tensors: Tensor) -> bool:
+    """Return whether these are on a GPU and nothing traces, transforms or differentiates them."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
 def columns_above_quantile(rows: Tensor, quantile: float) -> Tensor:
     """Return which columns have a largest magnitude above that of this share of all columns, bool ``[C]``.
 
@@ -38,11 +47,16 @@ def columns_above_quantile(rows: Tensor, quantile: float) -> Tensor:
     """
     if not 0 < quantile < 1 or not rows.numel():
         return torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
-    largest = torch.maximum(rows.amax(0), -rows.amin(0)).to(torch.float32)
+    largest = column_absmax_op(rows) if takes_op(rows) else reference_column_absmax(rows)
     place = max(math.ceil(quantile * largest.numel()), 1)  # torch.quantile ends at 16 million
     # On a GPU kthvalue is refused where algorithms have to be deterministic, for indices that nobody takes here.
     bound = largest.sort().values[place - 1] if largest.is_cuda else largest.kthvalue(place).values
     return largest > bound
+
+
+def reference_column_absmax(rows: Tensor) -> Tensor:
+    """Return the largest magnitude of every column, float32 ``[C]``; NaN if it holds one."""
+    return torch.maximum(rows.amax(0), -rows.amin(0)).to(torch.float32)
 
 
 def reference_codes(x: Tensor, absmax: Tensor) -> Tensor:
@@ -75,6 +89,17 @@ def vectorwise_codes_cpu(x: Tensor, absmax: Tensor) -> Tensor:
         values.mul_(factors[rows]).nan_to_num_(nan=0.0).clamp_(-127, 127).add_(_ROUNDING)
         result[part].view(values.shape).copy_(values.view(torch.int32))
     return codes
+
+
+@torch.library.custom_op("lightning_qat::column_absmax", mutates_args=())
+def column_absmax_op(rows: Tensor) -> Tensor:
+    """The magnitudes behind :func:`columns_above_quantile` on a GPU; see :func:`reference_column_absmax`."""
+    return reference_column_absmax(rows)
+
+
+@column_absmax_op.register_fake
+def _(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_qat::round_to_half", mutates_args=())

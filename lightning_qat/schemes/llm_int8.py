@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_qat.ops.stochastic import round_stochastically
-from lightning_qat.ops.vectorwise import dequantize_vectorwise, fake_quantize_vectorwise, quantize_vectorwise
+from lightning_qat.ops.vectorwise import (
+    dequantize_vectorwise,
+    fake_quantize_beside,
+    fake_quantize_vectorwise,
+    quantize_vectorwise,
+)
 from lightning_qat.ops.vectorwise_codes import (
     columns_above_quantile,
     round_to_half,
@@ -116,4 +121,4 @@ def _fake_quantize_input(x: Tensor, threshold: float) -> Tensor:
     if threshold > 1 or not x.numel():
         return fake_quantize_vectorwise(x, threshold)
     kept = columns_above_quantile(x.detach().reshape(-1, x.shape[-1]), threshold)
-    return torch.where(kept, x, fake_quantize_vectorwise(x.masked_fill(kept, 0.0)))
+    return fake_quantize_beside(x, kept)

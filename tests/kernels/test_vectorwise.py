@@ -16,13 +16,21 @@ from tensors import randn
 from torch import Tensor
 
 from lightning_qat.kernels import vectorwise as kernels
+from lightning_qat.kernels import vectorwise_codes as codes_file
 from lightning_qat.native.library import without_native
 from lightning_qat.ops import vectorwise as ops
 from lightning_qat.ops import vectorwise_cuda
-from lightning_qat.ops.vectorwise_codes import reference_codes, vectorwise_codes_op
+from lightning_qat.ops.vectorwise_codes import (
+    column_absmax_op,
+    columns_above_quantile,
+    reference_codes,
+    reference_column_absmax,
+    takes_op,
+    vectorwise_codes_op,
+)
 
 SETTINGS = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 #: The smallest is 0.0 in float16, where everything is an outlier; the largest is infinite there.
 THRESHOLDS = st.sampled_from((0.0, 0.0, 1e-9, 1.5, 6.001, 60000.0, 1e6))
@@ -66,6 +74,22 @@ def test_everything_is_the_definition(device: str, poisoned: None, x: Tensor, th
         given_codes = vectorwise_cuda.vectorwise_codes_cuda(moved, scale.to(device))
         assert same(given_codes, reference_codes(x, scale))
         assert given_codes.is_contiguous()
+
+
+@settings(SETTINGS, max_examples=15)
+@given(matrices(), st.sampled_from((64, 8192)), st.sampled_from((0.0, 0.3, 1.0)))
+def test_given_columns_stay(device: str, poisoned: None, x: Tensor, most: int, share: float) -> None:
+    kept = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0)) < share
+    expected = ops.reference_fake_quantize_beside(x, kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "MOST_COLUMNS", most)
+        moved = x.to(device)
+        fake = vectorwise_cuda.vectorwise_fake_quantize_beside_cuda(moved, kept.to(device))
+    assert same(fake, expected)
+    assert fake.stride() == torch.empty_like(moved).stride()
+    if device == "cpu":
+        assert same(ops.fake_quantize_beside(x, kept), expected)
+    assert same(vectorwise_cuda.column_absmax_cuda(moved), reference_column_absmax(x))
 
 
 @settings(SETTINGS, max_examples=10)
@@ -152,17 +176,30 @@ def test_what_is_registered_takes_everything(
     )
     values = vectorwise_cuda.vectorwise_dequantize_cuda(found[0], found[1], dtype)
     assert same(values, ops.reference_dequantize(*expected[:2], dtype))
+    kept = torch.arange(shape[1]) % 2 == 0
+    fake = vectorwise_cuda.vectorwise_fake_quantize_beside_cuda(moved, kept.to(device))
+    assert same(fake, ops.reference_fake_quantize_beside(x, kept))
+    if x.numel():
+        assert same(vectorwise_cuda.column_absmax_cuda(moved), reference_column_absmax(x))
     for scale in (expected[1], expected[1].double()):
         assert same(vectorwise_cuda.vectorwise_codes_cuda(moved, scale.to(device)), reference_codes(x, scale))
 
 
-def test_the_op_of_values(device: str) -> None:
+def test_the_ops_of_a_gpu(device: str) -> None:
     codes, absmax = torch.arange(-6, 6, dtype=torch.int8).view(3, 4).to(device), torch.rand(3, device=device)
     torch.library.opcheck(ops.vectorwise_dequantize_op, (codes, absmax, torch.bfloat16))
-    assert ops._takes_op(codes, absmax) == (device == "cuda")
+    torch.library.opcheck(column_absmax_op, (randn(3, 5).to(device),))
+    assert takes_op(codes, absmax) == (device == "cuda")
     scale = absmax.requires_grad_()
     values = ops.dequantize_vectorwise(codes, scale)  # has a gradient, which the op has not
     assert torch.autograd.grad(values.sum(), scale)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.01, 0.5, 0.99, 1.0])
+def test_columns_above_a_quantile(device: str, quantile: float) -> None:
+    x = randn(300, 131)
+    x[7, 5], x[:, 9] = math.nan, 0.0
+    assert torch.equal(columns_above_quantile(x.to(device), quantile).cpu(), columns_above_quantile(x, quantile))
 
 
 @triton.jit
@@ -182,15 +219,18 @@ def test_offsets_are_wide(device: str) -> None:
 # --- the compiler ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(n for n in kernels.TUNED if not n.startswith("columns")))
+TUNED = {**kernels.TUNED, **codes_file.TUNED}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in TUNED if not n.startswith("columns")))
 def test_memory_is_walked_in_accesses_of_16_bytes(compiler: None, name: str) -> None:
-    text = aot.ptx(kernels.TUNED[name])
+    text = aot.ptx(TUNED[name])
     assert "ld.global.v4.b32" in text
-    assert "st.global.v4.b32" in text
+    assert ("st.global.v4.b32" in text) == (not name.startswith("column"))  # which stores a number for each column
     assert "fma" not in text
     assert ".ftz" not in text
     assert "atom." not in text
-    assert ("div.rn.f32" in text) == (not name.startswith("dequantize"))
+    assert ("div.rn.f32" in text) == (not name.startswith(("dequantize", "column")))
     assert "div.full" not in text
 
 

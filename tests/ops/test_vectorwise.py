@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_qat.ops import vectorwise as ops
 from lightning_qat.ops.vectorwise import (
     dequantize_vectorwise,
+    fake_quantize_beside,
     fake_quantize_vectorwise,
     quantize_vectorwise,
 )
@@ -104,10 +105,24 @@ def test_the_gradient_passes_everywhere() -> None:
     assert torch.equal(torch.autograd.grad(y, x, grad)[0], grad)
 
 
+@settings(max_examples=40, deadline=None)
+@given(batches(), st.integers(0, 2**16))
+def test_columns_that_are_given_stay(case: tuple[Tensor, int], seed: int) -> None:
+    x, _ = case
+    kept = torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(seed)) < 0.5
+    fake = fake_quantize_beside(x.requires_grad_(), kept)
+    assert same(fake, torch.where(kept, x, fake_quantize_vectorwise(torch.where(kept, 0.0, x))))
+    assert fake.stride() == torch.empty_like(x).stride()
+    grad = torch.ones_like(fake)
+    assert torch.equal(torch.autograd.grad(fake, x, grad)[0], grad)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_opcheck(threshold: float) -> None:
     torch.library.opcheck(ops.vectorwise_quantize_op, (randn(5, 7), threshold))
     torch.library.opcheck(ops.vectorwise_fake_quantize_op, (randn(2, 5, 7).requires_grad_(), threshold))
+    kept = torch.arange(7) < 3
+    torch.library.opcheck(ops.vectorwise_fake_quantize_beside_op, (randn(2, 5, 7).requires_grad_(), kept))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -132,5 +147,7 @@ def test_errors() -> None:
         fake_quantize_vectorwise(torch.ones(2, 3), math.nan)
     with pytest.raises(ValueError, match=r"torch\.int64"):
         fake_quantize_vectorwise(torch.arange(3))
+    with pytest.raises(ValueError, match=r"shape \(2,\) for x of shape \(2, 3\); use torch\.bool with one element for"):
+        fake_quantize_beside(torch.ones(2, 3), torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="with 2"):
         dequantize_vectorwise(torch.ones(2, 3, dtype=torch.int8), torch.ones(3))
