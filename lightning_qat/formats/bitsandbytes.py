@@ -199,8 +199,8 @@ def from_bitsandbytes_format(
     """Return what a state dict of bitsandbytes holds for a parameter called ``weight``.
 
     Args:
-        state_dict: of ``Linear4bit`` or ``Linear8bitLt``, or what :func:`to_bitsandbytes_format` made; a ``bias`` is
-            ignored. Nothing in it is changed.
+        state_dict: of ``Linear4bit`` (with any ``quant_storage``) or ``Linear8bitLt``, or what
+            :func:`to_bitsandbytes_format` made; a ``bias`` is ignored. Nothing in it is changed.
         bnb_config: checked to be what the state dict says, where it is given. Values of ``Linear8bitLt``, which does
             not say what they were, are float16.
 
@@ -259,12 +259,14 @@ def _read_blocks(state: dict[str, Tensor], kind: str) -> QuantizedTensor:
     if offset is not None:
         stored |= {"_absmax": state["weight.nested_absmax"], "_offset": offset}
     packed = state["weight"].reshape(-1)
+    if fmt.bits == 4 and packed.is_floating_point():  # quant_storage=torch.bfloat16: the same bytes by another name
+        packed = packed.contiguous().view(torch.uint8)
     count = prod(shape)
     expected, blocks = (count + 1) // 2 if fmt.bits == 4 else count, -(-count // block)
     if packed.dtype != torch.uint8 or packed.numel() != expected or absmax.numel() != blocks:
         raise ValueError(
-            f"weight is {packed.dtype} with {packed.numel()} elements and absmax has {absmax.numel()}; shape "
-            f"{tuple(shape)} in blocks of {block} takes uint8 with {expected} and {blocks}"
+            f"weight is {state['weight'].dtype} with {state['weight'].numel()} elements and absmax has "
+            f"{absmax.numel()}; shape {tuple(shape)} in blocks of {block} takes uint8 with {expected} and {blocks}"
         )
     wanted = {"weight.absmax": torch.uint8 if nested else torch.float32, "weight.nested_absmax": torch.float32}
     for name, kind_of_scale in wanted.items():

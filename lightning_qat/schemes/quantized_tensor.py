@@ -101,7 +101,8 @@ class QuantizedTensor:
         return 8 * self.nbytes / max(prod(self.shape), 1)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the values that the codes stand for, in ``dtype`` or the one they had."""
+        """Return the values that the codes stand for, in ``dtype``, which is floating-point, or the one they had."""
+        _check_floating(dtype)
         scheme, dtype = get_scheme(self.format.scheme), dtype or self.dtype
         read = dtype if self.input_scale is None else torch.float32
         values = scheme.dequantize_packed(self.packed, self.scale, self.zero_point, self.shape, self.format, read)
@@ -118,8 +119,7 @@ class QuantizedTensor:
     def to(self, *args: Any, **kwargs: Any) -> QuantizedTensor:
         """Return this on another device, or with values of another floating-point dtype; as ``Tensor.to`` is called."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype} is not allowed; use a floating-point dtype, such as torch.float16")
+        _check_floating(dtype)
         moved = self
         if device is not None and device != self.device:
             state = {name: tensor.to(device) for name, tensor in self.state_dict().items() if name != _FORMAT}
@@ -188,6 +188,11 @@ class QuantizedTensor:
         if self.order is not None:
             parts.append("columns in an order of their own")
         return f"QuantizedTensor({', '.join(parts)}, dtype={self.dtype}, device={self.device})"
+
+
+def _check_floating(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not allowed; use a floating-point dtype, such as torch.float16")
 
 
 def _order_fits(held: QuantizedTensor) -> bool:

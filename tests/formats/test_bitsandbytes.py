@@ -121,6 +121,24 @@ def test_modules_exchange_state_dicts_strictly(kind: str, nested: bool) -> None:
     assert not blank.load_state_dict({k: v for k, v in ours.items() if k == "weight"}, strict=True).missing_keys
 
 
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bytes_stored_as_floats_are_read(storage: torch.dtype, nested: bool) -> None:
+    x = randn(32, 64)
+    layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compress_statistics=nested, quant_storage=storage)
+    layer.load_state_dict({"weight": x, "bias": torch.zeros(32)})
+    state = layer.to("cpu").state_dict()
+    assert state["weight"].dtype == storage
+    before = {name: value.clone() for name, value in state.items()}
+    config = BitsAndBytesConfig(bits=4, block_size=64, nested_quantization=nested)
+    held = lq.from_bitsandbytes_format(state, config)
+    assert_same(lq.to_bitsandbytes_format(held), lq.to_bitsandbytes_format(x, config))
+    assert all(value.equal(before[name]) for name, value in state.items() if name != "weight")
+    assert state["weight"].view(torch.uint8).equal(before["weight"].view(torch.uint8))
+    with pytest.raises(ValueError, match=f"weight is {storage} with 3 elements"):
+        lq.from_bitsandbytes_format({**state, "weight": state["weight"][:3]})
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     block=st.sampled_from([64, 128, 256, 1024, 4096]),
