@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib import resources
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_qat.config import nearest_first
@@ -39,8 +40,18 @@ def explain(error: Exception) -> str | None:
             return _unknown_key(cause)
         return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is missing; add {error.full_key}=..."
+        key = _own_key(error)
+        return f"{key} is missing; add {key}=..."
     return str(error) if isinstance(error, OmegaConfBaseException) else None
+
+
+def _own_key(error: MissingMandatoryValue) -> str:
+    """Return the key that can be given: what a task calls ``task.model.path`` by ``${model}`` is ``model.path``."""
+    key = str(error.full_key)
+    part, _, end = key.removeprefix("task.").rpartition(".")
+    root = error.parent_node._get_root() if error.parent_node is not None else None
+    node = OmegaConf.select(root, part) if isinstance(root, DictConfig) and part else None
+    return f"{part}.{end}" if isinstance(node, DictConfig) and OmegaConf.is_missing(node, end) else key
 
 
 def _unknown_key(error: OmegaConfBaseException) -> str:

@@ -176,6 +176,7 @@ def test_any_network_is_streamed(run: Run, tmp_path: Path, capsys: pytest.Captur
         (["method=gtpq"], "method='gtpq' is not known"),
         (["recipe=smollm2_gtpq"], "did you mean 'smollm2_gptq'"),
         (["options.order=turn"], "order='turn' is not known"),
+        (["model=huggingface"], "error: model.path is missing; add model.path="),
         (["calibration_batches=0"], "calibration_batches=0"),
         (["recipe=fashion_mnist_int8"], "run it with `lightning-qat train`"),
         ([*DIGITS, "quantization=w4a16", "quantization.group_size=7"], "layers cannot be quantized so"),
