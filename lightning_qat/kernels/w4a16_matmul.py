@@ -3,7 +3,7 @@
 Weights are ``[N, K]``, two codes to a byte along ``K``: integers in groups (**low** nibble first, signed codes offset
 by 8; :mod:`lightning_qat.ops.packing`) or a codebook (**high** nibble first, flat blocks; bitsandbytes).
 
-Three ways to multiply: :mod:`lightning_qat.kernels.w4a16_rows` for integers and up to 16 rows of 16 bits,
+Three ways to multiply: :mod:`lightning_qat.kernels.w4a16_rows` for integers and up to 32 rows of 16 bits,
 :mod:`lightning_qat.kernels.w4a16_gemv` for one or two others, and here tiles on the matrix units. What the units
 multiply has the dtype of ``x``. Integers whose groups the tiles do not cross go in as ``code - zero_point``,
 which float16 and bfloat16 hold exactly, and the scale is applied in float32 to the sum of each step. All others go in

@@ -1,4 +1,4 @@
-"""Up to 16 rows of 16 bits times a packed 4-bit weight, on the matrix units and without exchanges between threads.
+"""Up to 32 rows of 16 bits times a packed 4-bit weight, on the matrix units and without exchanges between threads.
 
 Decoding is bound by reading the weight once, half a byte per element, if all else stays out of the way:
 
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from lightning_qat.kernels.launch import Tuned, blocks_of, launch, on_device_of
 
-#: The most rows; a step of the matrix units has 8.
-MOST_ROWS = 16
+#: The most rows, and those of a program at most, in steps of the matrix units' 8. Programs of the same columns follow
+#: each other: the second finds the weight in the L2 cache.
+MOST_ROWS, _ROWS = 32, 16
 #: Parts of the depth, one for each warp of a program.
 _CHUNKS = 8
 #: Elements of the depth that a warp takes at once, or less if a group has less; below the least, words would be shared.
@@ -48,9 +49,9 @@ _MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
 _SIDE_BY_SIDE = 4 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8) else 2
 #: No code depends on these sums, and a multiply-add rounds once instead of twice.
 _FUSED = {"enable_fp_fusion": True}
-#: With zero points ptxas spills rather than take more than 80 registers, unless told that it may; 128 leave room for
-#: two programs on a multiprocessor.
-_OPTIONS: dict[bool, dict[str, Any]] = {False: _FUSED, True: {**_FUSED, "maxnreg": 128}}
+#: Left alone, ptxas spills with zero points rather than take more than 80 registers, and takes 130 for more rows; with
+#: 128 there is room for two programs on a multiprocessor.
+_LIMITED: dict[str, Any] = {**_FUSED, "maxnreg": 128}
 
 
 @triton.jit
@@ -104,11 +105,11 @@ def w4a16_rows_kernel(
     ZERO: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """``COLUMNS`` columns of the result, the depth in ``CHUNKS`` parts of ``part`` words."""
+    """``ROWS`` rows and ``COLUMNS`` columns of the result, the depth in ``CHUNKS`` parts of ``part`` words."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     unit: tl.constexpr = 128 if dtype.is_bf16() else 1024
     each: tl.constexpr = STEP // 8
-    first = tl.program_id(0) * COLUMNS
+    first, first_row = tl.program_id(0) // tl.cdiv(M, ROWS) * COLUMNS, tl.program_id(0) % tl.cdiv(M, ROWS) * ROWS
     # Tile rows as warps and threads take them: 8 rows of the weight for each part of the depth, then the next 8.
     tile_row = tl.arange(0, CHUNKS * COLUMNS)
     chunk_of, row_of = tile_row // 8 % CHUNKS, tile_row // 8 // CHUNKS * 8 + tile_row % 8
@@ -116,7 +117,7 @@ def w4a16_rows_kernel(
     # Four threads to a row, as the matrix units want them: of fewer words Triton would give each thread the most.
     within = tl.max_contiguous(tl.arange(0, each), each // 4)
     word_at = words_ptr + (column * words + chunk_of * part)[:, None] + within[None, :]
-    chunk, row = tl.arange(0, CHUNKS)[:, None, None], tl.arange(0, ROWS)[None, :, None]
+    chunk, row = tl.arange(0, CHUNKS)[:, None, None], first_row + tl.arange(0, ROWS)[None, :, None]
     row_exists = row < M
     x_at = x_ptr + chunk * (part * 8) + row.to(tl.int64) * (words * 8) + tl.arange(0, STEP)[None, None, :]
     group_row = tl.minimum(first + tl.arange(0, COLUMNS)[None, :], N - 1).to(tl.int64)
@@ -144,7 +145,7 @@ def w4a16_rows_kernel(
         sums += tl.dot(value, _operand(x, SIDE)) * scale[:, :, None]
     result = tl.sum(sums, 0)
     column = first + tl.arange(0, COLUMNS)[:, None]
-    row = tl.arange(0, ROWS)[None, :]
+    row = first_row + tl.arange(0, ROWS)[None, :]
     if BIAS:
         result += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     out_at = out_ptr + row.to(tl.int64) * N + column
@@ -179,21 +180,22 @@ def launch_w4a16_rows(
     many = zero_point is None and blocks_of(n, _MANY_COLUMNS) >= _PROGRAMS
     columns = _MANY_COLUMNS if many else _FEW_COLUMNS
     part = blocks_of(k // step, _CHUNKS) * step // 8
+    rows = 8 if m <= 8 else _ROWS
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     given = [scale if t is None else t for t in (zero_point, bias)]
     with on_device_of(x):
         launch(
             w4a16_rows_kernel,
-            (blocks_of(n, columns),),
+            (blocks_of(m, rows) * blocks_of(n, columns),),
             (x, packed.view(torch.int32), scale, *given, out, m, n, words, part, group // step, _MAGIC[x.dtype]),
             {
                 "ZERO": zero_point is not None, "BIAS": bias is not None, "EVEN": words == part * _CHUNKS,
-                "SIDE": _SIDE_BY_SIDE, "ROWS": 8 if m <= 8 else 16, "COLUMNS": columns, "CHUNKS": _CHUNKS,
+                "SIDE": _SIDE_BY_SIDE, "ROWS": rows, "COLUMNS": columns, "CHUNKS": _CHUNKS,
                 "STEP": step,
             },
             num_warps=_CHUNKS,
             num_stages=_STAGES[m > 8, step],
-            **_OPTIONS[zero_point is not None],
+            **(_FUSED if zero_point is None and rows == 8 else _LIMITED),
         )  # fmt: skip
     return out
 
@@ -204,15 +206,16 @@ def _tuned() -> dict[str, Tuned]:
     signature |= {"M": "i32", "N": "i32:16", "words": "i32:16", "part": "i32:16", "magic": "i32:16"}
     found = {}
     for (more, step), stages in _STAGES.items():
-        rows = 16 if more else 8
+        rows = _ROWS if more else 8
         for name, columns in (("symmetric", _MANY_COLUMNS), ("few", _FEW_COLUMNS), ("zero", _FEW_COLUMNS)):
             if name == "few" and step != _MOST_STEP:
                 continue  # less of all than with zero points
             constexprs: dict[str, int] = {"group_steps": 1, "ZERO": name == "zero", "BIAS": True, "EVEN": True}
             constexprs |= {"SIDE": _SIDE_BY_SIDE, "ROWS": rows, "COLUMNS": columns}
+            options = _LIMITED if more or name == "zero" else _FUSED
             found[f"{name}-{rows}-{step}"] = Tuned(
                 kernel=w4a16_rows_kernel, signature=signature, num_warps=_CHUNKS, num_stages=stages,
-                constexprs={**constexprs, "CHUNKS": _CHUNKS, "STEP": step}, options=_OPTIONS[name == "zero"],
+                constexprs={**constexprs, "CHUNKS": _CHUNKS, "STEP": step}, options=options,
             )  # fmt: skip
     return found
 
