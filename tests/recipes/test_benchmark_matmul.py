@@ -102,10 +102,10 @@ from torch import nn
 from lightning_qat.metrics import sqnr
 from lightning_qat.recipes._benchmark_products import exact_product, kernel_products
 torch.manual_seed(0)
-layer = nn.Linear(128, 64).bfloat16()
+layer = nn.Linear(128, 64).half()  # the interpreter multiplies the bits of bfloat16 tiles as integers
 found = {}
 for name, product in kernel_products(layer).items():
-    x = torch.randn(1, 128).bfloat16()  # more rows make tiles, of which the interpreter multiplies the bits as integers
+    x = torch.randn(1, 128).half()
     result = product.run(x)
     found[name] = [
         float(sqnr(product.exact(x), result)),
