@@ -244,7 +244,8 @@ def _search(
         token = all(fmt.dynamic and fmt.dynamic_range == "token" for fmt in inputs)
         bits, shared = min(fmt.bits for fmt in inputs), "token" if token else "tensor"
         own = replace(options, activation_bits=bits, activation_range=shared)
-        smooth = search_smoothing(weights, seen, formats, own, tied)
+        calibrated = any(not fmt.dynamic for fmt in inputs)
+        smooth = search_smoothing(weights, seen, formats, own, tied, calibrated=calibrated)
         scales = None if smooth.alpha is None else smooth.scales
         return GroupScaling(fold, scales, smooth.loss, smooth.plain_loss, smooth.alpha)
     found = search_scales(weights, seen.gram, seen.mean_magnitude, formats, options, tied)

@@ -7,7 +7,7 @@ import torch
 from tensors import randn
 from torch import Tensor
 
-from lightning_qat.ptq.smoothing import SmoothingOptions, search_smoothing, smoothing_scale
+from lightning_qat.ptq.smoothing import SmoothingOptions, _cut, search_smoothing, smoothing_scale
 from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.schemes import TensorFormat
 
@@ -52,6 +52,37 @@ def test_the_search_takes_what_is_best_once_quantized() -> None:
     assert found.loss == pytest.approx(error_of(weights, x, found.scales), rel=0.2)
     errors = [error_of(weights, x, smoothing_scale(statistics.max_magnitude, weights, i / 20)) for i in range(21)]
     assert error_of(weights, x, found.scales) < 1.2 * min(errors) < 0.2 * plain
+
+
+def error_of_others(weights: list[Tensor], x: Tensor, others: Tensor, scale: Tensor) -> float:
+    """Quantize other inputs with the step that ``x`` has; weights stay as they are."""
+    step = (x / scale).abs().max() * 2 / 255
+    inputs = (others / scale / step).round().clamp(-127, 127) * step * scale
+    return sum(float(((inputs - others) @ weight.t()).square().sum()) for weight in weights) / len(others)
+
+
+@pytest.mark.parametrize("tokens", [200, 2000])
+def test_calibrated_ranges_cut_what_was_not_seen(tokens: int) -> None:
+    torch.manual_seed(0)
+    sigma = torch.rand(64) + 0.5
+    weights, others = [torch.randn(32, 64)], torch.randn(20_000, 64) * sigma
+    found: dict[bool, list[float]] = {False: [], True: []}
+    ratios, plain = [], []
+    for _ in range(10):
+        x = torch.randn(tokens, 64) * sigma
+        magnitude = x.abs()
+        statistics = InputStatistics(x.t() @ x, tokens, magnitude.mean(0), magnitude.amax(0), -9.0, 9.0)
+        for calibrated, errors in found.items():
+            scale = search_smoothing(weights, statistics, [FMT], calibrated=calibrated).scales
+            errors.append(error_of_others(weights, x, others, scale))
+        plain.append(error_of_others(weights, x, others, torch.ones(64)))
+        even = smoothing_scale(statistics.max_magnitude, weights, 1.0)  # every channel fills the range
+        step = float((x / even).abs().max()) * 2 / 255
+        expected = (_cut(statistics, even) + step**2 / 12) * (weights[0] * even).square().sum(0)
+        ratios.append(error_of_others(weights, x, others, even) / float(expected.sum()))
+    assert sum(ratios) == pytest.approx(len(ratios), rel=0.1)
+    assert sum(found[True]) < sum(plain)
+    assert (sum(found[False]) > sum(plain)) == (tokens == 200)  # what not knowing of it costs
 
 
 def test_nothing_is_changed_where_that_is_best() -> None:
