@@ -75,7 +75,7 @@ class QuantizationCallback(pl.Callback):
         return phase
 
     def remarks(self) -> list[tuple[str, str]]:
-        """Return ``(when, what)`` of what :meth:`refine` may do, for :meth:`explain`."""
+        """Return ``(when, what)`` of what this does besides, for :meth:`explain`."""
         return []
 
     def can_roll_back(self) -> bool:
@@ -357,7 +357,8 @@ class QuantizationCallback(pl.Callback):
         peers = [self] if trainer is None else self._peers(trainer)
         leader = next((peer for peer in peers if peer._schedule is not None), None)
         schedule = (leader and leader._schedule) or self._combined(peers)
-        rows = schedule.explain() + [row for peer in peers for row in peer.remarks()]
+        others = [] if trainer is None else [c for c in trainer.callbacks if c not in peers and hasattr(c, "remarks")]  # type: ignore[attr-defined]
+        rows = schedule.explain() + [row for each in (*peers, *others) for row in each.remarks()]
         width = max(len(when) for when, _ in rows)
         lines = ["Quantization schedule", *(f"  {when:<{width}}  {what}" for when, what in rows)]
         if schedule.fold_norm:

@@ -73,6 +73,11 @@ class LearnedScales(QuantizationCallback):
         self._in_optimizer: dict[int, list[nn.Parameter]] = {}
         self._checked = 0
 
+    def remarks(self) -> list[tuple[str, str]]:
+        rate = "the rate of their layer's weight" if self.lr is None else f"a rate of {self.lr:g}"
+        clip = "not clipped" if self.clip is None else f"clipped to a norm of {self.clip:g}"
+        return [("while quantized", f"scales learn by gradient, at {rate}, gradients {clip}")]
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         layers = [layer for _, layer in qat_layers(pl_module)]

@@ -48,6 +48,11 @@ class QuantizationPenalty(pl.Callback):
         self._passes = BackwardPasses()
         self._noise: dict[str, Tensor] = {}
 
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return ``(when, what)``, for ``explain`` of the quantization callbacks."""
+        what = f"the loss has {self.alpha:g} times the {self.reduction} over layers of the weights' quantization error"
+        return [("while quantized", what)]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refuse_sharded(trainer, self)
         self._layers = matched_layers(pl_module, self.match)

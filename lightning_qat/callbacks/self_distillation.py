@@ -105,6 +105,12 @@ class SelfDistillation(pl.Callback):
         self._losses: list[Tensor] = []
         self._warned = False
 
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return ``(when, what)``, for ``explain`` of the quantization callbacks."""
+        whose = "the same weights" if self.teacher == "now" else "the weights the fit began with"
+        task = "" if self.task_weight == 1.0 else f", the loss of the task {self.task_weight:g} times"
+        return [("while quantized", f"the float forward of {whose} teaches, {self.weight:g} times {self.loss}{task}")]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if any(isinstance(trainer.strategy, known) for known in in_both("strategies.DeepSpeedStrategy")):
             raise ValueError("SelfDistillation does not know how DeepSpeed scales losses; use DDP")

@@ -86,6 +86,12 @@ class WeightOscillation(pl.Callback):
     def _freezing(self) -> bool:
         return self.freeze_threshold is not None
 
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return ``(when, what)``, for ``explain`` of the quantization callbacks."""
+        dampens = f", dampened by {self.dampening:g}" if self.dampening else ""
+        freezes = f", frozen from a frequency of {self.freeze_threshold:g} on" if self._freezing else ""
+        return [("while quantized", f"weights that flip between two codes are measured{dampens}{freezes}")]
+
     def state_dict(self) -> dict[str, Any]:
         layers = {name: state.state_dict() for name, state in self._states.items()}
         return {"step": self._step, "observed": self._observed, "layers": layers}

@@ -113,14 +113,25 @@ class LearnedScale(QuantizationState):
         return self
 
     def scale(self) -> Tensor:
-        """Return the scale as it is now, without a gradient: a tensor of its own."""
-        return scale_of(self.exponent).view(self.shape)
+        """Return the scale as it is now, without a gradient: a tensor of its own.
+
+        Raises:
+            ValueError: in eager mode on a CPU, where it is none any more; on a GPU that would wait for it.
+        """
+        exponent = self.exponent.detach()
+        if takes_pieces(exponent) and exponent.numel():
+            low, high = exponent.aminmax()
+            if not (low.item() >= _LEAST and high.item() <= _MOST):  # a NaN is both
+                _raise_wrong(self)
+        return scale_of(exponent).view(self.shape)
 
     @torch.no_grad()
     def zero_point(self, bits: int) -> Tensor:
         """Return the zero point as it is now, int32: a tensor of its own."""
         if self.offset is None:
             return torch.zeros(self.shape, dtype=torch.int32, device=self.exponent.device)
+        if takes_pieces(self.offset) and not self.offset.isfinite().all():
+            _raise_wrong(self)
         return torch.round(_position(self.offset, bits)).to(torch.int32).view(self.shape)
 
     @torch.no_grad()

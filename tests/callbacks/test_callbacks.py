@@ -302,6 +302,24 @@ def test_explain_says_what_happens_when(tmp_path):
         assert expected in text, text
 
 
+def test_explain_names_what_is_added_to_training(tmp_path):
+    qat = lq.QuantizationAwareTraining(lq.QATConfig("int8", learnable_step_size=True))
+    others = [
+        lq.LearnedScales(lr=1e-3, clip=None),
+        lq.QuantizationPenalty(alpha=0.1),
+        lq.SelfDistillation(weight=0.5, teacher="start", task_weight=0.0),
+        lq.WeightOscillation(dampening=0.2, freeze_threshold=0.05),
+    ]
+    lines = qat.explain(trainer(tmp_path, [qat, *others])).splitlines()
+    said = [line.split("  ")[-1] for line in lines if "while quantized" in line]
+    assert said == [
+        "scales learn by gradient, at a rate of 0.001, gradients not clipped",
+        "the loss has 0.1 times the mean over layers of the weights' quantization error",
+        "the float forward of the weights the fit began with teaches, 0.5 times kl, the loss of the task 0 times",
+        "weights that flip between two codes are measured, dampened by 0.2, frozen from a frequency of 0.05 on",
+    ]
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -166,10 +166,13 @@ def test_a_scale_that_broke_is_named(value, what):
     train(model, x, 1)
     with torch.no_grad():
         model[3].weight_quantizer.learned.exponent[2] = value
-    with pytest.raises(ValueError, match=f"{what} for the weight of layer '3'"):
-        lq.convert(model.eval())
+    for use in (lambda: model(x), lambda: lq.convert(copy.deepcopy(model).eval())):
+        with pytest.raises(ValueError, match=f"{what} for the weight of layer '3'"):
+            use()
     with torch.no_grad():
         model[3].weight_quantizer.learned.exponent[2] = -3.0
         model[5].input_quantizer.learned.offset.fill_(float("nan"))
     with pytest.raises(ValueError, match="zero point is NaN or inf for the input of layer '5'"):
         check_scales([m for m in model.modules() if isinstance(m, LearnedScale)])
+    with pytest.raises(ValueError, match="zero point is NaN or inf for the input of layer '5'"):
+        model(x)
