@@ -105,6 +105,21 @@ def scale_of_absmax(absmax: Tensor, bits: int) -> Tensor:
     return torch.where(absmax == 0, 1.0, scale.clamp_min(_FLOAT32.tiny))
 
 
+def finite_scale(scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, *, bits: int, symmetric: bool) -> Tensor:
+    """Return ``scale``, cut where an end code would stand for infinity in ``dtype``.
+
+    The end of a symmetric grid that has one code more lies beyond the range, and rounding may put either there.
+    """
+    quant_min, quant_max = quant_range(bits, symmetric)
+    zero = torch.zeros_like(scale) if zero_point is None else zero_point.reshape(scale.shape)
+    zero = zero.to(torch.float64)
+    farthest = torch.maximum(zero - quant_min, quant_max - zero)
+    largest = min(torch.finfo(dtype).max, _FLOAT32.max) / farthest
+    most = largest.to(torch.float32)
+    most = torch.where(most.to(torch.float64) > largest, torch.nextafter(most, torch.zeros_like(most)), most)
+    return torch.minimum(scale, most)  # a NaN stays one
+
+
 def _divide(values: Tensor, divisor: float) -> Tensor:
     # Not by the Python number: on a GPU, PyTorch would multiply by its reciprocal, giving other scales than a CPU.
     return values / torch.full_like(values, divisor)

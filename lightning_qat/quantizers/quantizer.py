@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.config import QuantizationConfig, QuantizationScheme
+from lightning_qat.ops.affine import finite_scale
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
 from lightning_qat.quantizers.observers import Observer, make_observer
 from lightning_qat.schemes import (
@@ -22,6 +23,7 @@ from lightning_qat.schemes import (
     weight_format,
 )
 from lightning_qat.schemes.finite import check_finite
+from lightning_qat.schemes.integer import IntegerScheme
 from lightning_qat.schemes.quantized_tensor import QuantizedTensor
 
 
@@ -143,6 +145,8 @@ class Quantizer:
         packed, (scale, zero_point, fmt) = (None, self._parameters(tensor)) if found is None else found
         if not by_blocks and not bool(torch.isfinite(scale).all()):
             raise ValueError(f"tensor, or the samples, hold magnitudes beyond {fmt.scheme}; scale it, or use 'int8'")
+        if isinstance(scheme, IntegerScheme):
+            scale = finite_scale(scale, zero_point, tensor.dtype, bits=fmt.bits, symmetric=fmt.symmetric)
         # Largest magnitudes show what is not finite without a pass of its own; infinity is cut to the largest float32.
         if by_blocks and not bool((scale < torch.finfo(torch.float32).max).all()):
             check_finite(tensor)

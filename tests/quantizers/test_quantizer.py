@@ -41,6 +41,27 @@ CONFIGS = [
 ]
 
 
+@given(
+    shares=st.lists(st.floats(-1, 1), min_size=1, max_size=40),
+    end=st.sampled_from((1.0, -1.0)),
+    dtype=st.sampled_from(DTYPES),
+    bits=st.integers(2, 16),
+    symmetric=st.booleans(),
+    per_channel=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_up_to_the_end_of_a_dtype_codes_stand_for_finite_values(shares, end, dtype, bits, symmetric, per_channel):
+    most = min(torch.finfo(dtype).max, LARGEST)
+    x = (torch.tensor([[*shares, end], [0.0] * len(shares) + [-end]], dtype=torch.float64) * most).to(dtype)
+    config = QuantizationConfig("int8", bits=bits, symmetric=symmetric, per_channel=per_channel)
+    quantized = quantize(x, config)
+    values = quantized.dequantize()
+    assert values.isfinite().all()
+    step = quantized.scale.double().reshape(-1, 1)
+    lost = torch.finfo(dtype).eps * x.double().abs()  # rounding to the dtype
+    assert ((values.double() - x.double()).abs() <= 1.01 * step + lost).all()
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
