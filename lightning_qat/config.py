@@ -347,12 +347,13 @@ class QuantizationPlan:
 
     Args:
         rules: in order; later rules win. A rule that matches no layer is an error when the plan is used.
-        base: a :class:`QATConfig` or a preset's name that every Linear and convolution gets first.
+        base: what every Linear and convolution gets first: a :class:`QATConfig`, a :class:`QuantizationConfig`, which
+            describes one tensor and means weight-only, or a preset's name.
     """
 
     rules: Sequence[LayerRule] = field(default_factory=tuple)
     _: KW_ONLY
-    base: QATConfig | str | None = None
+    base: QATConfig | QuantizationConfig | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rules, (str, LayerRule)) or not all(isinstance(r, LayerRule) for r in self.rules):
@@ -360,8 +361,10 @@ class QuantizationPlan:
         object.__setattr__(self, "rules", tuple(self.rules))
         if isinstance(self.base, str):
             object.__setattr__(self, "base", preset(self.base))
-        if self.base is not None and not isinstance(self.base, QATConfig):
-            raise ValueError(f"base={self.base!r} is not allowed; use a QATConfig, a preset's name or None")
+        elif isinstance(self.base, QuantizationConfig):
+            object.__setattr__(self, "base", _weight_only(self.base))
+        elif self.base is not None and not isinstance(self.base, QATConfig):
+            raise ValueError(f"base={self.base!r} is not allowed; use a config, a preset's name or None")
         if not self.rules and self.base is None:
             raise ValueError("rules=[] is not allowed without a base: the plan would quantize nothing")
 
@@ -371,29 +374,25 @@ PlanLike: TypeAlias = Union[QuantizationPlan, QATConfig, QuantizationConfig, str
 
 
 def resolve_plan(plan: PlanLike) -> QuantizationPlan:
-    """Return the :class:`QuantizationPlan` that a plan, a config or a preset's name stands for.
-
-    A :class:`QuantizationConfig` describes one tensor and means weight-only.
-    """
+    """Return the :class:`QuantizationPlan` that a plan, a config or a preset's name stands for."""
     if isinstance(plan, QuantizationPlan):
         return plan
-    if isinstance(plan, QATConfig):
+    if isinstance(plan, (QATConfig, QuantizationConfig, str)):
         return QuantizationPlan(base=plan)
-    if isinstance(plan, str):
-        return QuantizationPlan(base=preset(plan))
-    if isinstance(plan, QuantizationConfig):
-        base = QATConfig(
-            plan.scheme,
-            bits=plan.bits,
-            symmetric=plan.symmetric,
-            per_channel=plan.per_channel,
-            group_size=plan.group_size,
-            activation_bits=None,
-            weight_observer=plan.observer or "min_max",
-            bnb=plan.bnb,
-            learnable_step_size=plan.learnable,
-        )
-        return QuantizationPlan(base=base)
     raise ValueError(
         f"plan={plan!r} is not allowed; use a QuantizationPlan, a QATConfig, a QuantizationConfig or a name"
+    )
+
+
+def _weight_only(config: QuantizationConfig) -> QATConfig:
+    return QATConfig(
+        config.scheme,
+        bits=config.bits,
+        symmetric=config.symmetric,
+        per_channel=config.per_channel,
+        group_size=config.group_size,
+        activation_bits=None,
+        weight_observer=config.observer or "min_max",
+        bnb=config.bnb,
+        learnable_step_size=config.learnable,
     )

@@ -218,6 +218,8 @@ def test_a_rule_takes_presets_and_configs() -> None:
 
 def test_a_plan_is_checked() -> None:
     assert QuantizationPlan(base="int8").base == PRESETS["int8"]
+    weights = QuantizationConfig("gptq", group_size=64)
+    assert QuantizationPlan([LayerRule("head")], base=weights).base == resolve_plan(weights).base
     with pytest.raises(ValueError, match="rules=\\[\\]"):
         QuantizationPlan()
     with pytest.raises(ValueError, match="LayerRule"):
