@@ -18,6 +18,7 @@ from lightning_qat.callbacks.quantization_penalty import refuse_sharded
 from lightning_qat.callbacks.roll_back import roll_back, take_snapshot
 from lightning_qat.callbacks.staged_bits import StagedBitReduction
 from lightning_qat.config import check_int, nearest_first
+from lightning_qat.transforms.param_groups import learned_scales
 from lightning_qat.transforms.penalty import quantization_penalty
 
 #: The one thing that can be watched without being logged.
@@ -29,9 +30,10 @@ class PlateauBitReduction(StagedBitReduction):
 
     Every ``every_n_steps`` optimizer steps the mean of the metric since the last look, over all ranks, is compared
     with the best at the present bits. Without an improvement in ``patience`` looks, the next reduction comes before
-    the next batch. Weights, buffers, quantizers and the optimizers' state are kept from just before it; if a weight
-    (looked at after every step) or the metric is then NaN or infinite, or the metric worse than before by more than
-    ``divergence`` in ``recovery`` looks in a row, or at the end of the run, they are put back with the bits they had.
+    the next batch. Weights, buffers, quantizers and the optimizers' state are kept from just before it; if a weight or
+    a learned scale (looked at after every step) or the metric is then NaN or infinite, or the metric worse than before
+    by more than ``divergence`` in ``recovery`` looks in a row, or at the end of the run, they are put back with the
+    bits they had.
     Data and learning rates go on.
 
     What is kept is on the CPU and in every checkpoint until the next reduction, or until the last one has settled: the
@@ -137,14 +139,15 @@ class PlateauBitReduction(StagedBitReduction):
         if not _quantizes(trainer, trainer.global_step - 1):
             self._looked = trainer.global_step
             return
-        # Before the next forward pass, whose observers refuse NaN. Weights are the same on all ranks.
-        self._broken = self._snapshot is not None and not _is_finite(pl_module)
+        # Weights and scales are the same on all ranks.
+        self._broken = self._snapshot is not None and not _is_sound(pl_module)
         if self.every_n_steps is not None:
             self._add(trainer)
             self._due = trainer.global_step - self._looked >= self.every_n_steps
-        self._due = self._due or self._broken
-        if _is_over(trainer) and (self.every_n_steps is not None or self._broken):
-            self._look(trainer, pl_module, at_the_end=True)
+        is_over = _is_over(trainer)
+        # Before the next forward pass, also that of a validation: observers and learned scales refuse NaN.
+        if self._broken or (is_over and self.every_n_steps is not None):
+            self._look(trainer, pl_module, at_the_end=is_over)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -183,13 +186,13 @@ class PlateauBitReduction(StagedBitReduction):
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, at_the_end: bool = False) -> bool:
         """Look at the metrics since the last time. Roll back where they diverge; return whether to reduce."""
         values = [float(value) / max(self._count, 1) for value in self._sums]
-        if self.monitor == SQNR:
+        if self._broken:
+            values = [math.nan, math.nan]
+        elif self.monitor == SQNR:
             values[0] = _decibel(float(quantization_penalty(pl_module, match=self.match).detach()))
         elif self.guard is None:
             values[1] = values[0]
-        if self._broken:
-            values = [math.nan, math.nan]
-        elif trainer.world_size > 1:
+        if trainer.world_size > 1 and not self._broken:
             shared = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
             values = trainer.strategy.reduce(shared, reduce_op="mean").tolist()
         self._sums, self._count, self._looked = [0.0, 0.0], 0, trainer.global_step
@@ -229,9 +232,13 @@ def _name(field_name: str, value: Any) -> str:
     return value
 
 
-def _is_finite(module: pl.LightningModule) -> bool:
+def _is_sound(module: pl.LightningModule) -> bool:
+    """Return whether all weights are finite and learned scales are scales; waits for the device once."""
     norms = torch._foreach_norm([p.detach() for p in module.parameters() if p.numel() and p.is_floating_point()])
-    return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())
+    device = norms[0].device
+    found = [norm.float().to(device).isfinite() for norm in norms]
+    found += [~learned.wrong_values().to(device) for learned in learned_scales(module)]
+    return bool(torch.stack(found).all())
 
 
 def _decibel(noise: float) -> float:

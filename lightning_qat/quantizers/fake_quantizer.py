@@ -224,7 +224,7 @@ class ActivationQuantizer(FakeQuantizer):
         self.calibrated = fmt.dynamic
         #: Ranges are learned after each batch and hold for the next, see ``transforms/ranges.py``.
         self.deferred = False
-        self.batch_range = BatchRange(self.scale.device)
+        self.batch_range = BatchRange(self.device)
         #: The extremes of the input are still to be found, by the pass that fake-quantizes it.
         self._unseen = False
         #: What calibration may look at; None is everything.
@@ -253,8 +253,8 @@ class ActivationQuantizer(FakeQuantizer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        if self.batch_range.low.device != self.scale.device:
-            self.batch_range = BatchRange(self.scale.device)
+        if self.batch_range.low.device != self.device:
+            self.batch_range = BatchRange(self.device)
         return self
 
     def set_bits(self, bits: int) -> None:

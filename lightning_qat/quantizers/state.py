@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class QuantizationState(KeepsDtype):
     A state dict without any key of this module (a float checkpoint) leaves it fresh instead of being
     an error; one with some of its keys only is still reported as incomplete.
     """
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are. Not by way of a scale: a learned one that broke raises where it is asked for."""
+        return next(chain(self.parameters(), self.buffers())).device
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):

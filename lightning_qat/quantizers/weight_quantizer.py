@@ -59,7 +59,7 @@ class WeightQuantizer(FakeQuantizer):
 
     def leave_meta(self, weight: Tensor) -> None:
         """Be as made from ``weight`` if it was made from one on the meta device; else nothing is done."""
-        if self.scale.is_meta:
+        if self.device.type == "meta":
             self.to_empty(device=weight.device)
             self._store(*self._derive(whole_weight(weight.detach(), weight.shape, self.name)))
 
@@ -80,7 +80,7 @@ class WeightQuantizer(FakeQuantizer):
         if any(prefix + name in state_dict for name in (*ARRANGEMENT, "_extra_state")):
             for name in ARRANGEMENT:
                 tensor = state_dict.get(prefix + name)
-                self._buffers[name] = None if tensor is None else torch.empty_like(tensor, device=self.scale.device)
+                self._buffers[name] = None if tensor is None else torch.empty_like(tensor, device=self.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def arrange_input(self, order: Tensor | None, factor: Tensor | None) -> None:

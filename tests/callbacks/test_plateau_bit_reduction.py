@@ -83,15 +83,15 @@ def test_a_divergence_brings_weights_optimizer_and_bits_back(tmp_path, bad, lear
 
 
 class Poison(Callback):
-    """Makes a weight NaN after a step, as an exploding gradient does."""
+    """Makes a parameter NaN after a step, as an exploding gradient does."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, parameter="conv.weight", value=math.nan):
+        self.step, self.parameter, self.value = step, parameter, value
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.step:
             with torch.no_grad():
-                pl_module.conv.weight.fill_(math.nan)
+                pl_module.get_parameter(self.parameter).fill_(self.value)
 
 
 @pytest.mark.parametrize("config", [lq.QATConfig("int8"), lq.QATConfig("int8", learnable_step_size=True, bits=8)])
@@ -106,6 +106,21 @@ def test_training_goes_on_from_nan_weights(tmp_path, config):
     assert reduction.stage == 1  # it was tried again
     assert all(bool(torch.isfinite(tensor).all()) for tensor in module.state_dict().values() if
                isinstance(tensor, torch.Tensor))  # fmt: skip
+    assert_ships(module)
+
+
+@pytest.mark.parametrize("monitor", ["train/loss", "sqnr"])
+@pytest.mark.parametrize("value", [math.nan, 200.0])
+def test_a_learned_scale_that_broke_is_rolled_back_before_a_validation_computes_with_it(tmp_path, monitor, value):
+    """On a CPU a scale that is none raises where it is used: in the validation after step 8, and in the SQNR."""
+    config = lq.QATConfig("int8", learnable_step_size=True)
+    reduction = lq.PlateauBitReduction([8, 4], monitor, every_n_steps=2, patience=1, min_delta=1.0)
+    poison = Poison(8, "conv.weight_quantizer.learned.exponent", value)
+    callbacks = [qat(config), poison, reduction, lq.LearnedScales(check_every=1)]
+    module = Classifier()
+    with pytest.warns(UserWarning, match="training diverged .* rolled back at step 8"):
+        trainer(tmp_path, callbacks, max_epochs=2).fit(module, loader(), loader(8, seed=1))
+    assert reduction.stage == 1  # it was tried again
     assert_ships(module)
 
 

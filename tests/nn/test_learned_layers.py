@@ -176,3 +176,20 @@ def test_a_scale_that_broke_is_named(value, what):
         check_scales([m for m in model.modules() if isinstance(m, LearnedScale)])
     with pytest.raises(ValueError, match="zero point is NaN or inf for the input of layer '5'"):
         model(x)
+
+
+@pytest.mark.parametrize("name", ["input_quantizer", "weight_quantizer"])
+def test_a_model_with_a_scale_that_broke_is_moved_copied_and_loaded(name):
+    """What goes on from a checkpoint before it broke does no more than that."""
+    model = lq.prepare(model_of(), w4a4(per_channel=True))
+    train(model, torch.randn(3, 4, 6, 6), 1)
+    order = torch.randperm(model[5].weight.shape[1])
+    model[5].weight_quantizer.arrange_input(order, None)
+    before = copy.deepcopy(model.state_dict())
+    learned = getattr(model[5], name).learned
+    with torch.no_grad():
+        learned.exponent.fill_(float("nan"))
+    copy.deepcopy(model).double().to("cpu")
+    model.load_state_dict(before)
+    assert learned.scale().isfinite().all()
+    assert torch.equal(model[5].weight_quantizer.input_order, order)
