@@ -258,7 +258,9 @@ def _check_answer(scheduler: Any, groups: int) -> None:
     twin: Any = copy.copy(scheduler)
     twin._get_lr_called_within_step = True  # PyTorch warns of any other call
     try:
-        rates = len(twin.get_lr())
+        rates = len(list(twin.get_lr()))
+    except NotImplementedError:  # one that sets the rates of all groups in its own step()
+        return
     except (IndexError, ValueError):
         rates = 0
     if rates < groups:

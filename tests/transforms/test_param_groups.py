@@ -229,6 +229,33 @@ def test_a_scheduler_that_has_no_rate_for_the_new_group_is_refused():
             separate_scales(model, [optimizer], [scheduler])
 
 
+class OwnStep(schedulers.LRScheduler):
+    """Has no ``get_lr``."""
+
+    def step(self, epoch=None):
+        self.last_epoch += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * 0.5**self.last_epoch
+
+
+class OwnRates(schedulers.LRScheduler):
+    def get_lr(self):
+        return (group["initial_lr"] * 0.5**self.last_epoch for group in self.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", [OwnStep, OwnRates])
+def test_a_scheduler_of_ones_own_that_keeps_nothing_goes_on(kind):
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scheduler = kind(optimizer)
+    before = scheduler.last_epoch
+    assert separate_scales(model, [optimizer], [scheduler], 0.25) == 1
+    optimizer.step()
+    scheduler.step()
+    factor = 0.5 ** (before + 1)
+    assert [group["lr"] for group in optimizer.param_groups] == [factor, 0.25 * factor]
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with torch 2.9")
 @pytest.mark.parametrize("group_size", [None, 2])
 def test_muon_gets_no_scale(group_size):
