@@ -259,7 +259,7 @@ def _read_blocks(state: dict[str, Tensor], kind: str) -> QuantizedTensor:
     if offset is not None:
         stored |= {"_absmax": state["weight.nested_absmax"], "_offset": offset}
     packed = state["weight"].reshape(-1)
-    if fmt.bits == 4 and packed.is_floating_point():  # quant_storage=torch.bfloat16: the same bytes by another name
+    if fmt.bits == 4 and packed.dtype != torch.uint8:  # quant_storage=torch.bfloat16: the same bytes by another name
         packed = packed.contiguous().view(torch.uint8)
     count = prod(shape)
     expected, blocks = (count + 1) // 2 if fmt.bits == 4 else count, -(-count // block)

@@ -121,9 +121,9 @@ def test_modules_exchange_state_dicts_strictly(kind: str, nested: bool) -> None:
     assert not blank.load_state_dict({k: v for k, v in ours.items() if k == "weight"}, strict=True).missing_keys
 
 
-@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize("nested", [False, True])
-def test_bytes_stored_as_floats_are_read(storage: torch.dtype, nested: bool) -> None:
+def test_bytes_stored_as_other_numbers_are_read(storage: torch.dtype, nested: bool) -> None:
     x = randn(32, 64)
     layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compress_statistics=nested, quant_storage=storage)
     layer.load_state_dict({"weight": x, "bias": torch.zeros(32)})
