@@ -154,12 +154,12 @@ def w4a16_rows_kernel(
 
 def rows_fit(rows: int, columns: int, group: int, dtype: torch.dtype) -> bool:
     """Return whether :func:`launch_w4a16_rows` takes ``rows`` of ``x`` with ``columns`` and groups of ``group``."""
-    return 0 < rows <= MOST_ROWS and dtype in _MAGIC and columns % group == 0 and _step(columns, group) >= _LEAST_STEP
+    return 0 < rows <= MOST_ROWS and dtype in _MAGIC and columns % group == 0 and _step(group) >= _LEAST_STEP
 
 
-def _step(columns: int, group: int) -> int:
+def _step(group: int) -> int:
     """Return the most elements of the depth that a step takes without crossing into another group."""
-    return gcd(_MOST_STEP, columns if group == columns else group)
+    return gcd(_MOST_STEP, group)
 
 
 def launch_w4a16_rows(
@@ -176,7 +176,7 @@ def launch_w4a16_rows(
         group: codes that share a scale; see :func:`rows_fit`.
     """
     m, k = x.shape
-    n, words, step = packed.numel() * 2 // k, k // 8, _step(k, group)
+    n, words, step = packed.numel() * 2 // k, k // 8, _step(group)
     many = zero_point is None and blocks_of(n, _MANY_COLUMNS) >= _PROGRAMS
     columns = _MANY_COLUMNS if many else _FEW_COLUMNS
     part = blocks_of(k // step, _CHUNKS) * step // 8

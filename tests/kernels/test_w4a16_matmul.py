@@ -146,7 +146,7 @@ def test_few_rows(
     assert_close(out, x, weight.exact, bias, 0.0 if fits else rounding(name, x, False))
 
 
-ROW_SHAPES = ((64, 64), (96, 32), (320, 64), (128, 128), (2304, 256), (1152, 1152))
+ROW_SHAPES = ((64, 64), (96, 32), (320, 64), (128, 128), (320, 160), (576, 192), (2304, 256), (1152, 1152))
 
 
 @pytest.mark.parametrize("name", ["signed", "unsigned", "zero"])
