@@ -60,7 +60,7 @@ def dequantize_vectorwise(codes: Tensor, row_absmax: Tensor, dtype: torch.dtype 
         dtype: of the result, floating point.
 
     Raises:
-        ValueError: if a dtype or shape does not fit.
+        ValueError: if a dtype, shape or device does not fit.
     """
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; use a matrix of torch.int8")
@@ -71,6 +71,7 @@ def dequantize_vectorwise(codes: Tensor, row_absmax: Tensor, dtype: torch.dtype 
         )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not allowed; use a floating-point dtype")
+    _check_device("row_absmax", row_absmax, codes)
     return _values(codes, row_absmax, dtype)
 
 
@@ -115,6 +116,7 @@ def fake_quantize_beside(x: Tensor, kept: Tensor) -> Tensor:
             f"kept is {kept.dtype} of shape {tuple(kept.shape)} for x of shape {tuple(x.shape)}; "
             "use torch.bool with one element for each index of the last dimension"
         )
+    _check_device("kept", kept, x)
     _check(x, 0.0)
     refuse_tangents(x)
     return vectorwise_fake_quantize_beside_op(x, kept)
@@ -125,6 +127,12 @@ def _check(x: Tensor, threshold: float) -> None:
         raise ValueError(f"x has dtype {x.dtype}; use a floating-point dtype")
     if not threshold >= 0.0:
         raise ValueError(f"threshold={threshold!r} is not allowed; use 0.0 (no outliers) or a magnitude")
+
+
+def _check_device(name: str, given: Tensor, beside: Tensor) -> None:
+    """Raise ``ValueError`` for what a kernel would read at an address of another device."""
+    if given.device != beside.device:
+        raise ValueError(f"{name} is on {given.device} and the tensor on {beside.device}; move it to {beside.device}")
 
 
 # --- the definition -------------------------------------------------------------------------------

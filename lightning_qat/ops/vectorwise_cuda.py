@@ -75,7 +75,7 @@ def column_absmax_cuda(rows: Tensor) -> Tensor:
 
 def vectorwise_codes_cuda(x: Tensor, absmax: Tensor) -> Tensor:
     """The definition in one launch."""
-    if not _takes(x) or absmax.dtype != torch.float32:
+    if not _takes(x) or absmax.dtype != torch.float32 or absmax.device != x.device:
         return reference_codes(x, absmax)
     from lightning_qat.kernels.vectorwise_codes import vectorwise_codes_triton
 

@@ -149,5 +149,9 @@ def test_errors() -> None:
         fake_quantize_vectorwise(torch.arange(3))
     with pytest.raises(ValueError, match=r"shape \(2,\) for x of shape \(2, 3\); use torch\.bool with one element for"):
         fake_quantize_beside(torch.ones(2, 3), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="kept is on meta and the tensor on cpu"):
+        fake_quantize_beside(torch.ones(2, 3), torch.ones(3, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match="row_absmax is on meta and the tensor on cpu"):
+        dequantize_vectorwise(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, device="meta"))
     with pytest.raises(ValueError, match="with 2"):
         dequantize_vectorwise(torch.ones(2, 3, dtype=torch.int8), torch.ones(3))
