@@ -22,6 +22,7 @@ from lightning_qat.callbacks.layer_sample import LayerSample, sampling
 from lightning_qat.callbacks.parity_gate import is_sharded
 from lightning_qat.config import check_int
 from lightning_qat.tracking import log_table
+from lightning_qat.transforms.param_groups import learned_scales
 from lightning_qat.transforms.prepare import qat_layers
 
 #: Column -> which end is the worst.
@@ -147,6 +148,8 @@ class QuantizationMonitor(pl.Callback):
         sample.stop()
         self._started = None  # a step with a sample does not count
         _wait_for_device(pl_module)  # else the step's own kernels would count as the sample's
+        if any(bool(learned.wrong_values()) for learned in learned_scales(pl_module)):
+            return  # there is no grid to measure with; what is done of it is for others, such as a roll-back
         started = time.perf_counter()
         if _compiled(pl_module) and trainer.world_size == 1:
             self._run_once_more(trainer, pl_module, sample, batch, batch_idx)

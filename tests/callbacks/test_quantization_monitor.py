@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from classifier import Classifier, StopBeforeEpoch, loader, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
@@ -157,6 +157,24 @@ def test_a_resumed_run_keeps_its_first_scales(tmp_path):
     run.fit(module, loader(), loader(8), ckpt_path=tmp_path / "c" / "last.ckpt", weights_only=True)
     assert monitor.table == whole.table
     assert torch.equal(module.conv.weight, witness.conv.weight)
+
+
+class BreaksAScale(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 7:
+            with torch.no_grad():
+                pl_module.conv.weight_quantizer.learned.exponent.fill_(math.nan)
+
+
+def test_a_learned_scale_that_broke_is_left_to_those_who_roll_back(tmp_path):
+    monitor = lq.QuantizationMonitor(1, most_share=None)
+    reduction = lq.PlateauBitReduction([8, 4], every_n_steps=2, patience=1, min_delta=1.0)
+    config = lq.QATConfig("int8", learnable_step_size=True)
+    callbacks = [lq.QuantizationAwareTraining(config), BreaksAScale(), monitor, reduction]
+    with pytest.warns(UserWarning, match="rolled back at step 7"):
+        trainer(tmp_path, callbacks, max_epochs=2).fit(Classifier(), loader())
+    assert monitor.table[0]["step"] == 15
+    assert all(math.isfinite(row["weight_scale"]) for row in monitor.table)
 
 
 def test_no_hook_stays_when_a_step_fails(tmp_path):
