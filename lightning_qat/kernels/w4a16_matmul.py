@@ -154,7 +154,7 @@ def launch_w4a16_matmul(
         return torch.zeros(m, n, dtype=x.dtype, device=x.device) + (0 if bias is None else bias.to(x.dtype))
     n = 2 * packed.numel() // k
     x, packed, scale = x.contiguous(), packed.contiguous(), scale.to(torch.float32).contiguous()
-    zero = _unsigned_zero(scale, zero_point, table, signed)
+    zero, bias = _unsigned_zero(scale, zero_point, table, signed), None if bias is None else bias.contiguous()
     if tile is None and split is None and table is None and rows_fit(m, k, group_size, x.dtype):
         return launch_w4a16_rows(x, packed, scale, zero, bias, group=group_size)
     if tile is None and gemv_fits(m, k, group_size, codebook=table is not None):

@@ -219,6 +219,14 @@ def test_a_block_of_a_codebook_may_cross_rows(device: str) -> None:
     assert_close(weight.multiply(x.to(device), None).cpu(), x, weight.exact, None, rounding("nf4", x, False))
 
 
+@pytest.mark.parametrize("name", ["signed", "nf4"])
+@pytest.mark.parametrize(("rows", "split"), [(1, None), (1, 2), (3, None), (40, 1)])
+def test_a_bias_of_any_strides(device: str, name: str, rows: int, split: int | None) -> None:
+    weight, x = Weight(name, 21, 2048, 64), randn(rows, 2048).to(device).bfloat16()
+    bias = randn(21, 2, seed=9).to(device)[:, 1]
+    assert torch.equal(weight.multiply(x, bias, split=split), weight.multiply(x, bias.contiguous(), split=split))
+
+
 @pytest.mark.parametrize("rows", [2, 20])
 def test_everything_is_written_and_equal_in_every_run(device: str, rows: int, poisoned: None) -> None:
     weight, x = Weight("signed", 37, 2048, 128), randn(rows, 2048).to(device).bfloat16()
