@@ -18,6 +18,7 @@ from torch.profiler import profile
 from lightning_qat.config import PRESETS, QATConfig
 from lightning_qat.ops.workspace import release_workspace
 from lightning_qat.transforms import Phase, apply_phase, calibrate, defer_ranges, prepare, update_ranges
+from lightning_qat.transforms.param_groups import quantization_param_groups
 
 from ._benchmark_networks import (
     BLOCKS,
@@ -80,7 +81,9 @@ def _prepared(model: nn.Module, images: Tensor, config: str | QATConfig, phase: 
 
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor, ours: bool) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    # Scales have a rate of their own, with which they stay scales: nothing clips their gradients here.
+    groups = quantization_param_groups(model, 0.01, 1e-6) if ours else model.parameters()
+    optimizer = torch.optim.SGD(groups, lr=0.01)
 
     def step() -> None:
         optimizer.zero_grad()
