@@ -143,10 +143,8 @@ class Quantizer:
             check_finite(tensor)
         found = self._by_own_range(tensor) if by_blocks and not stochastic else None
         packed, (scale, zero_point, fmt) = (None, self._parameters(tensor)) if found is None else found
-        if not by_blocks and not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"tensor, or the samples, hold magnitudes beyond {fmt.scheme}; scale it, or use 'int8'")
-        if isinstance(scheme, IntegerScheme):
-            scale = finite_scale(scale, zero_point, tensor.dtype, bits=fmt.bits, symmetric=fmt.symmetric)
+        if not by_blocks:
+            scale = self._within(scale, zero_point, tensor.dtype, fmt)
         # Largest magnitudes show what is not finite without a pass of its own; infinity is cut to the largest float32.
         if by_blocks and not bool((scale < torch.finfo(torch.float32).max).all()):
             check_finite(tensor)
@@ -164,6 +162,17 @@ class Quantizer:
                 "nested_quantization=False"
             )
         return QuantizedTensor(packed, stored, kept, fmt, tensor.shape, tensor.dtype)
+
+    def _within(self, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, fmt: TensorFormat) -> Tensor:
+        """Return ``scale``, where no code stands for infinity."""
+        most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        if bool((scale <= most / 2**fmt.bits).all()):
+            return scale
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"tensor, or the samples, hold magnitudes beyond {fmt.scheme}; scale it, or use 'int8'")
+        if not isinstance(self.scheme, IntegerScheme):
+            return scale
+        return finite_scale(scale, zero_point, dtype, bits=fmt.bits, symmetric=fmt.symmetric)
 
     def _by_own_range(self, tensor: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor | None, TensorFormat]] | None:
         """Return packed codes with what :meth:`_parameters` returns, where a scheme finds both at once."""
