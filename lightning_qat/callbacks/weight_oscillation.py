@@ -23,6 +23,7 @@ from lightning_qat.transforms.oscillation import (
     is_in_parameter,
     untouchable_ends,
 )
+from lightning_qat.transforms.param_groups import learned_scales
 from lightning_qat.transforms.penalty import check_factor, matched_layers
 from lightning_qat.validation import check_int
 
@@ -153,6 +154,10 @@ class WeightOscillation(pl.Callback):
         look = self._observed is None or step - self._observed >= self.every_n_steps
         if look:
             self._observed = step
+        scales = [learned for learned in learned_scales(pl_module) if learned.exponent.device.type == "cpu"]
+        if any(bool(learned.wrong_values()) for learned in scales):
+            self._states = {}  # there are no codes; what is done of it is for others, such as a roll-back
+            return
         for name, layer in self._layers.items():
             if not layer.weight_quantizer.quantizing:
                 self._states.pop(name, None)

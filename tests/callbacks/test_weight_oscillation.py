@@ -293,3 +293,19 @@ def test_faults_are_told(tmp_path):
             lq.WeightOscillation(**options)
     with pytest.raises(ValueError, match=r"no layer that matches has integer codes; 'conv' has nf4"):
         fit(tmp_path, Classifier(), lq.WeightOscillation(), rules=lq.QuantizationAwareTraining("nf4", certify=False))
+
+
+class BreaksAScale(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 7:
+            with torch.no_grad():
+                pl_module.conv.weight_quantizer.learned.exponent.fill_(float("nan"))
+
+
+def test_a_learned_scale_that_broke_is_left_to_those_who_roll_back(tmp_path):
+    oscillation = lq.WeightOscillation()
+    reduction = lq.PlateauBitReduction([8, 4], every_n_steps=2, patience=1, min_delta=1.0)
+    rules = lq.QuantizationAwareTraining(lq.QATConfig("int8", learnable_step_size=True), certify=False)
+    with pytest.warns(UserWarning, match="rolled back at step 7"):
+        fit(tmp_path, Classifier(), BreaksAScale(), oscillation, reduction, rules=rules, max_epochs=2)
+    assert {row["layer"] for row in oscillation.table} == {"conv", "head"}
