@@ -13,11 +13,9 @@ option ``session.qdq_matmulnbits_accuracy_level`` set to 1 keeps them in float32
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from lightning_qat.formats.onnx_file import finished
 from lightning_qat.formats.traceable import make_traceable
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.transforms.prepare import copy_model
+from lightning_qat.transforms.without_cache import without_cache
 
 #: The first with DequantizeLinear in blocks.
 OPSET = 21
@@ -77,7 +76,7 @@ def _trace(model: nn.Module, example: Any) -> Any:
         args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     shapes: Any = {name: _free(value) for name, value in kwargs.items()} if kwargs else tuple(map(_free, args))
     try:
-        with warnings.catch_warnings(), _without_cache(model):
+        with warnings.catch_warnings(), without_cache(model):
             warnings.simplefilter("ignore")  # of versions and of names that torch.onnx makes up itself
             return torch.onnx.export(
                 model,
@@ -91,20 +90,6 @@ def _trace(model: nn.Module, example: Any) -> Any:
             )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"ONNX files are written with onnx and onnxscript; run: {_INSTALL}") from error
-
-
-@contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Let models of transformers return no keys and values inside: they come in objects that cannot be traced."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
-    for config in caching:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in caching:
-            config.use_cache = True
 
 
 def _free(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_qat.nn import QATMultiheadAttention
 from lightning_qat.ptq.statistics import InputStatistics, StatisticsSum, input_geometry
+from lightning_qat.transforms.without_cache import without_cache
 
 #: Runs one batch through a part of a model.
 Run = Callable[[], object]
@@ -256,19 +257,14 @@ class _Gathering:
 def as_calibrated(model: nn.Module) -> Iterator[None]:
     """Let ``model`` run as its layers are to be watched: in evaluation mode, without a cache of keys and values."""
     modes = {module: module.training for module in model.modules()}
-    configs = {id(c): c for m in modes if (c := getattr(m, "config", None)) is not None and hasattr(c, "use_cache")}
-    before = [(config, config.use_cache) for config in configs.values()]
     attentions = [module for module in modes if isinstance(module, QATMultiheadAttention)]
     try:
         model.eval()
-        for config, _ in before:
-            config.use_cache = False
         for attention in attentions:
             attention.calls_projections = True
-        yield
+        with without_cache(model):
+            yield
     finally:
-        for config, value in before:
-            config.use_cache = value
         for attention in attentions:
             attention.__dict__.pop("calls_projections", None)
         for module, training in modes.items():
