@@ -13,8 +13,13 @@ def test_every_config_is_as_it_was_also_after_an_error():
     model = nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity(), nn.Identity())
     model.config, model[0].config, model[1].config, model[2].config = shared, shared, other, none
     model[3].config = None
-    with pytest.raises(ZeroDivisionError), without_cache(model):
-        assert not shared.use_cache
-        assert not hasattr(none, "use_cache")
-        raise ZeroDivisionError
+
+    def breaks():
+        with without_cache(model):
+            assert not shared.use_cache
+            assert not hasattr(none, "use_cache")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        breaks()
     assert (shared.use_cache, other.use_cache, vars(none)) == (True, False, {})
