@@ -59,6 +59,13 @@ inline void store_unless(bool zero, _Float16& to, _Float16 value) {
 }
 #endif
 
+// Asks for the line of memory that a loop reaches 2 KB further on: the processor's own prefetching ends with each page
+// of 4 KB, and falls behind where several tensors are read. Where nothing lies there, nothing happens.
+template <typename T>
+inline void ask_ahead(const T* at) {
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + 2048);
+}
+
 // Share `part` of `parts` of `count` pieces of work begins here.
 inline int64_t share(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 

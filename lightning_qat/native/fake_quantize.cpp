@@ -16,7 +16,12 @@ constexpr int64_t kPiece = 16384;
 
 template <bool kZero, typename T>
 void quantize_run(const T* __restrict x, T* __restrict y, int64_t count, const Grid grid) {
-  for (int64_t i = 0; i < count; ++i) store(y[i], code_of<kZero>(load(x[i]), grid) * grid.scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    ask_ahead(x + i);
+    for (int j = 0; j < kLanes; ++j) store(y[i + j], code_of<kZero>(load(x[i + j]), grid) * grid.scale);
+  }
+  for (; i < count; ++i) store(y[i], code_of<kZero>(load(x[i]), grid) * grid.scale);
 }
 
 // In which every element has the scale of its column.
@@ -89,6 +94,9 @@ void learn_run(const T* grad, const T* __restrict x, T* to, T* __restrict values
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
+    ask_ahead(x + i);
+    ask_ahead(grad + i);
+    if (kMakes) ask_ahead(values + i);
 #pragma GCC ivdep
     for (int j = 0; j < kLanes; ++j) lane(i + j, j);
   }
@@ -113,11 +121,21 @@ Sums learn_runs(const T* grad, const T* x, T* to, T* values, int64_t begin, int6
   return sums;
 }
 
+// The gradient of an exponent, of that of its scale: exponent_gradient of quantizers/scale_gradients.py.
+inline float exponent_gradient(double of_scale, float factor, float scale) {
+  uint32_t bits;
+  std::memcpy(&bits, &scale, 4);
+  bits &= 0x7f800000u;  // the power of two below it
+  float slope;
+  std::memcpy(&slope, &bits, 4);
+  return static_cast<float>(of_scale) * factor / slope;
+}
+
 // `sums` has two numbers for each row, [outer * channels, 2]; a single row has them for each kPiece of its elements,
-// and those of all in the end where the first piece's were.
+// and those of all in the end where the first piece's were. `exponents` may have one number for each row.
 template <bool kZero, typename T>
 void learn(const T* grad, const T* x, T* to, T* values, int64_t rows, int64_t channels, int64_t inner,
-           const Parameters& all, Sums* sums, int32_t threads) {
+           const Parameters& all, Sums* sums, float factor, float* exponents, int32_t threads) {
   const bool single = rows == 1;
   const int64_t length = single ? kPiece : inner, count = rows * inner;
   const int64_t pieces = single ? (inner + kPiece - 1) / kPiece : rows;
@@ -129,6 +147,9 @@ void learn(const T* grad, const T* x, T* to, T* values, int64_t rows, int64_t ch
   for (int64_t piece = 1; single && piece < pieces; ++piece) {
     sums[0].scale += sums[piece].scale;
     sums[0].zero += sums[piece].zero;
+  }
+  for (int64_t row = 0; exponents && row < rows; ++row) {
+    exponents[row] = exponent_gradient(sums[row].scale, factor, all.scale[row % channels]);
   }
 }
 
@@ -160,6 +181,7 @@ Extremes observe_run(const T* __restrict x, T* __restrict y, int64_t count, cons
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
+    ask_ahead(x + i);
     for (int j = 0; j < kLanes; ++j) lane(i + j, j);
     if (kCodes) {  // once all are known: one instruction makes bytes of them
       for (int j = 0; j < kLanes; ++j) codes[i + j] = static_cast<uint8_t>(wide[j]);
@@ -308,10 +330,10 @@ void row_extremes(const T* x, int64_t rows, int64_t columns, float* low, float* 
   }                                                                                                                  \
   extern "C" void learn_##NAME(const T* grad, const T* x, T* to, T* values, int64_t outer, int64_t channels,         \
                                int64_t inner, const float* scale, const void* zero, int32_t kind, float first,       \
-                               float last, double* sums, int32_t threads) {                                          \
+                               float last, double* sums, float factor, float* exponents, int32_t threads) {          \
     const Parameters all{scale, zero, kind, first, last};                                                            \
     (kind ? learn<true, T> : learn<false, T>)(grad, x, to, values, outer * channels, channels, inner, all,           \
-                                              reinterpret_cast<Sums*>(sums), threads);                               \
+                                              reinterpret_cast<Sums*>(sums), factor, exponents, threads);            \
   }                                                                                                                  \
   extern "C" void observe_##NAME(const T* x, T* y, int64_t count, const float* scale, const void* zero,              \
                                  int32_t kind, float first, float last, float* bounds, int32_t threads) {            \
@@ -339,16 +361,18 @@ void row_extremes(const T* x, int64_t rows, int64_t columns, float* low, float* 
     row_extremes<T>(x, rows, columns, low, high, threads);                                                           \
   }
 
-// The gradients of exponents, of those of their scales: exponent_gradient of quantizers/scale_gradients.py.
-extern "C" void exponent_gradients(const double* sums, int64_t count, const float* scale, float factor, float* out) {
+// The scales that exponents stand for: scale_of of quantizers/exponents.py. `wrong` is 1 where one is outside of
+// least .. most, NaN among them.
+extern "C" void scales_of_exponents(const float* exponents, int64_t count, float least, float most, float* scale,
+                                    int32_t* wrong) {
+  bool right = true;
   for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, scale + i, 4);
-    bits &= 0x7f800000u;  // the power of two below it
-    float slope;
-    std::memcpy(&slope, &bits, 4);
-    out[i] = static_cast<float>(sums[2 * i]) * factor / slope;
+    const bool fits = exponents[i] >= least && exponents[i] <= most;
+    const int32_t bits = static_cast<int32_t>((fits ? exponents[i] : 0.0f) * 8388608.0f) + 0x3f800000;
+    std::memcpy(scale + i, &bits, 4);
+    right = right && fits;
   }
+  *wrong = !right;
 }
 
 FAMILY(float32, float)

@@ -20,14 +20,14 @@ _FAMILY = FloatFamily(
     {
         "quantize": f"ppqqq{_GRID}i",
         "input_gradient": f"pppqqq{_GRID}i",
-        "learn": f"ppppqqq{_GRID}pi",
+        "learn": f"ppppqqq{_GRID}pfpi",
         "observe": f"ppq{_GRID}pi",
         "quantize_input": f"pppq{_GRID}ppqpi",
         "values_of_codes": f"ppq{_GRID}i",
         "quantize_by_absmax": "ppqqpfffi",
         "row_extremes": "pqqppi",
     },
-    {"exponent_gradients": "pqpfp"},
+    {"scales_of_exponents": "pqffpp"},
 )
 
 _ZERO_KINDS = {torch.float32: 1, torch.int32: 2}
@@ -102,6 +102,8 @@ def learned_sums(
     quant_max: int,
     *,
     values: Tensor | None = None,
+    factor: float = 0.0,
+    exponents: Tensor | None = None,
 ) -> Tensor | None:
     """Return the gradients of each scale and zero point, float64 ``[C, 2]``; None where there is no kernel.
 
@@ -115,6 +117,8 @@ def learned_sums(
         quant_min: smallest code.
         quant_max: largest code.
         values: gets the fake-quantized ``x``; lies as it does.
+        factor: of the gradients of exponents.
+        exponents: gets what ``scale_gradients.exponent_gradient`` makes of the first column, float32; of one outer.
     """
     function, grid = _find("learn", x), _parameters(scale, zero_point)
     if function is None or grid is None:
@@ -123,26 +127,54 @@ def learned_sums(
     pieces = outer * channels if outer * channels > 1 else -(-inner // _PIECE)
     sums = torch.empty(pieces, 2, dtype=torch.float64, device="cpu")
     addresses = grad.data_ptr(), x.data_ptr(), *(0 if t is None else t.data_ptr() for t in (out, values))
-    function(*addresses, *layout, *grid, quant_min, quant_max, sums.data_ptr(), threads_for(x.numel()))
-    if pieces == channels or channels * outer == 1:
-        return sums[:channels]
-    return sums.view(-1, channels, 2).sum(0)
+    places = sums.data_ptr(), factor, 0 if exponents is None else exponents.data_ptr()
+    function(*addresses, *layout, *grid, quant_min, quant_max, *places, threads_for(x.numel()))
+    if outer * channels == 1:
+        return sums[:1]
+    return sums if outer == 1 else sums.view(outer, channels, 2).sum(0)
 
 
-def exponent_gradients(sums: Tensor, scale: Tensor, factor: float) -> Tensor | None:
-    """Return what ``scale_gradients.exponent_gradient`` does of the first column, float32; None without kernel.
+def learned_sums_of_one(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    *,
+    values: Tensor | None = None,
+) -> tuple[float, float] | None:
+    """Return the two numbers of :func:`learned_sums` for a tensor with one scale, without the call of an operation."""
+    function, grid, count = _find("learn", x), _parameters(scale, zero_point), x.numel()
+    if function is None or grid is None:
+        return None
+    sums = (ctypes.c_double * (2 * max(-(-count // _PIECE), 1)))()
+    addresses = grad.data_ptr(), x.data_ptr(), *(0 if t is None else t.data_ptr() for t in (out, values))
+    places = ctypes.addressof(sums), 0.0, 0
+    function(*addresses, 1, 1, count, *grid, quant_min, quant_max, *places, threads_for(count))
+    return sums[0], sums[1]
+
+
+def scales_of_exponents(
+    exponents: Tensor, shape: tuple[int, ...], least: float, most: float
+) -> tuple[Tensor, bool] | None:
+    """Return what ``exponents.scale_of`` does, in ``shape``, and whether all are within; None without kernel.
 
     Args:
-        sums: of :func:`learned_sums`, ``[C, 2]``.
-        scale: contiguous float32, ``C`` elements.
-        factor: of the gradients.
+        exponents: contiguous float32.
+        shape: of the result.
+        least: smallest exponent of a scale.
+        most: largest.
     """
     functions = _FAMILY.functions()
-    if functions is None:
+    if functions is None or not exponents.is_contiguous() or exponents.dtype is not torch.float32:
         return None
-    found = torch.empty(scale.shape, dtype=torch.float32, device="cpu")
-    functions.exponent_gradients(sums.data_ptr(), scale.numel(), scale.data_ptr(), factor, found.data_ptr())
-    return found
+    found = torch.empty(shape, dtype=torch.float32, device="cpu")
+    wrong = ctypes.c_int32()
+    places = found.data_ptr(), ctypes.addressof(wrong)
+    functions.scales_of_exponents(exponents.data_ptr(), exponents.numel(), least, most, *places)
+    return found, not wrong.value
 
 
 def observe(

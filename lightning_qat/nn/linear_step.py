@@ -85,10 +85,11 @@ def _is_plain(quantizer: FakeQuantizer, x: Tensor) -> bool:
     """Return whether nothing else is to be done than what is done here."""
     if quantizer.debug_callback is not None or type(quantizer.scheme) is not IntegerScheme:
         return False
-    if quantizer.learned is None:
+    learned = quantizer.learned
+    if learned is None:
         return True
     learning = quantizer.quantizing and not quantizer.frozen and quantizer.learns_from(x)
-    return type(quantizer.learned) is LearnedScale and learning
+    return type(learned) is LearnedScale and learning
 
 
 class _Linear(torch.autograd.Function):

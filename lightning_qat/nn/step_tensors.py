@@ -19,7 +19,7 @@ from lightning_qat.ops.fake_quantize_cpu import as_read
 from lightning_qat.ops.layout import NO_AXIS, NO_GROUP, empty_codes, empty_result, empty_values
 from lightning_qat.ops.straight_through import fake_quantize_kernel, grid_for, input_gradient, learned_gradients
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
-from lightning_qat.quantizers.scale_gradients import gradients_of_sums, parameter_gradients
+from lightning_qat.quantizers.scale_gradients import gradients_of_numbers, parameter_gradients
 from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.schemes.integer import IntegerScheme
@@ -43,13 +43,13 @@ class StepTensor:
     """
 
     def __init__(self, quantizer: FakeQuantizer | None, x: Tensor) -> None:
-        self.learned = None if quantizer is None else quantizer.learned
-        self.factor = quantizer.gradient_factor(x) if self.learned is not None and quantizer is not None else 1.0
+        self.learned = learned = None if quantizer is None else quantizer.learned
+        self.factor = 1.0 if learned is None else quantizer.gradient_factor(x)  # type: ignore[union-attr]
         #: Whether the range is known to hold every element.
         self.covered = quantizer is None
         #: Layout, scale, zero point, smallest and largest code for the kernels; None where the tensor stays in float.
         self.grid: tuple[Any, ...] | None = None
-        self._offset: Tensor | None = None
+        self._offset: Tensor | float | None = None  # as it was, for the backward pass
 
     def set_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> None:
         quant_min, quant_max, axis, group = grid_for(x, scale, fmt.bits, fmt.symmetric, fmt.axis, fmt.group_size)
@@ -68,11 +68,13 @@ class StepTensor:
         return *parameters, NO_AXIS, run if channels > 1 else NO_GROUP
 
     def learned_parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.learned is None:
+        learned = self.learned
+        if learned is None:
             return None, None
-        offset = self.learned.offset
-        self._offset = None if offset is None else offset.detach().clone()
-        return self.learned.exponent, offset
+        offset = learned.offset
+        if offset is not None:
+            self._offset = offset.item() if offset.numel() == 1 else offset.detach().clone()
+        return learned.exponent, offset
 
     def values(self, x: Tensor) -> Tensor:
         """Return ``x`` fake-quantized."""
@@ -92,20 +94,44 @@ class StepTensor:
             wanted: whether it has a gradient.
             values: gets what :meth:`values` returns, where a scale is learned.
         """
-        if self.learned is None or self.grid is None:
+        learned = self.learned
+        if learned is None or self.grid is None:
             return self._inside(grad, x) if wanted else None, None, None
         _, scale, zero_point, quant_min, quant_max = self.grid
-        sums = native.learned_sums(grad, x, grad if wanted else None, *self.grid, values=values)
-        flat, levels = scale.view(self.learned.exponent.shape), quant_max - quant_min
-        if sums is not None:
-            parameters = gradients_of_sums(sums, flat, self._offset, self.factor, levels)
-        else:
-            if values is not None:
-                values.copy_(self.values(x))
-            grid: Any = self._for_ops()[2:]
-            grad, of_scale, of_zero = learned_gradients(grad, x, scale, zero_point, grid, wanted, values)
-            parameters = parameter_gradients(of_scale, of_zero, flat, self._offset, self.factor, levels)
+        to, flat = grad if wanted else None, scale.view(learned.shape or 1)
+        found = (self._of_one if flat.numel() == 1 else self._of_several)(grad, x, to, flat, values)
+        if found is not None:
+            return to, *found
+        if values is not None:
+            values.copy_(self.values(x))
+        grid: Any = self._for_ops()[2:]
+        grad, of_scale, of_zero = learned_gradients(grad, x, scale, zero_point, grid, wanted, values)
+        offset = torch.full_like(flat, self._offset) if isinstance(self._offset, float) else self._offset
+        parameters = parameter_gradients(of_scale, of_zero, flat, offset, self.factor, quant_max - quant_min)
         return grad if wanted else None, *parameters
+
+    def _of_one(
+        self, grad: Tensor, x: Tensor, to: Tensor | None, scale: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        grid: Any = self.grid
+        numbers = native.learned_sums_of_one(grad, x, to, *grid[1:], values=values)
+        if numbers is None:
+            return None
+        offset: Any = self._offset
+        return gradients_of_numbers(*numbers, scale, offset, self.factor, grid[4] - grid[3])
+
+    def _of_several(
+        self, grad: Tensor, x: Tensor, to: Tensor | None, scale: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        grid: Any = self.grid
+        offset: Any = self._offset
+        exponents = torch.empty(scale.shape, dtype=torch.float32, device="cpu") if offset is None else None
+        how: Any = {"values": values, "factor": self.factor, "exponents": exponents}
+        sums = native.learned_sums(grad, x, to, *grid, **how)
+        if sums is None or exponents is not None:
+            return None if sums is None or exponents is None else (exponents, None)
+        of_scale, of_zero = sums.to(torch.float32).unbind(1)
+        return parameter_gradients(of_scale, of_zero, scale, offset, self.factor, grid[4] - grid[3])
 
     def _inside(self, grad: Tensor, x: Tensor) -> Tensor:
         if self.covered or self.grid is None or native.input_gradient(grad, x, grad, *self.grid):
@@ -240,6 +266,9 @@ class StepWeight(StepTensor):
     def _choose_grid(self, weight: Tensor) -> None:
         quantizer: Any = self._quantizer
         self._quantizer = None
+        if self.learned is not None and self._format.symmetric:
+            self.set_grid(weight, self.learned.scale(), None, self._format)
+            return
         scale, zero_point = quantizer.parameters_for(weight)
         if quantizer.learned is None and scale is quantizer.scale:
             scale, zero_point = scale.clone(), zero_point.clone()  # they may be written before the backward pass

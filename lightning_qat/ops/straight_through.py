@@ -165,7 +165,7 @@ def learned_gradients(
     return grad_x, grad_scale, None if zero is None else grad_zero
 
 
-def full_float32(shape: torch.Size, value: float) -> Tensor:
+def full_float32(shape: tuple[int, ...], value: float) -> Tensor:
     """Return ``value`` as float32 in ``shape``, on the CPU; infinite where that has no such number."""
     single = math.copysign(math.inf, value) if abs(value) > _MOST else value
     return torch.full(shape, single, dtype=torch.float32, device="cpu")

@@ -38,7 +38,6 @@ class FakeQuantizer(QuantizationState):
         observing: learn the range from training batches.
         quantizing: fake-quantize; otherwise the value passes through in float.
         frozen: the scale stands still.
-        learned: the parameters of the scale where it is learned by gradient, or None.
     """
 
     #: What is fake-quantized, for messages.
@@ -55,7 +54,6 @@ class FakeQuantizer(QuantizationState):
         self.debug_callback = callback_of_environment()
         self.debug_calls = 0
         self._format = fmt
-        self.learned: LearnedScale | None = None
         if config.learnable:
             if not self.scheme.learns_scales:
                 raise ValueError(
@@ -64,9 +62,10 @@ class FakeQuantizer(QuantizationState):
                 )
             whose = f"{self.quantizes} of layer {name!r}"
             if config.pact_decay is None:
-                self.learned = LearnedScale(scale_shape, symmetric=fmt.symmetric, name=whose)
+                learned = LearnedScale(scale_shape, symmetric=fmt.symmetric, name=whose)
             else:
-                self.learned = self._clipping(config.pact_decay, fmt, whose)
+                learned = self._clipping(config.pact_decay, fmt, whose)
+            self._modules["learned"] = learned
             return
         # Not by ``register_buffer``, which takes no name that the class has.
         self._buffers["scale"] = torch.ones(scale_shape, dtype=torch.float32)
@@ -74,6 +73,11 @@ class FakeQuantizer(QuantizationState):
 
     def _clipping(self, decay: float, fmt: TensorFormat, whose: str) -> LearnedScale:
         raise ValueError(f"pact_decay={decay} is for activations, not the {whose}; leave it out for LSQ")
+
+    @property
+    def learned(self) -> LearnedScale | None:
+        """The parameters of the scale where it is learned by gradient, or None."""
+        return self._modules.get("learned")  # type: ignore[return-value]
 
     @property
     def scale(self) -> Tensor:
@@ -123,6 +127,9 @@ class FakeQuantizer(QuantizationState):
         self.observing = bool(state["observing"])
         self.quantizing = bool(state["quantizing"])
         self.frozen = bool(state["frozen"])
+
+    def _parameters_now(self) -> tuple[Tensor, Tensor]:
+        return (self.scale, self.zero_point) if self.learned is None else self.learned.parameters_now(self.bits)
 
     def _unchanging(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         """Return both as they are now: a backward pass may come after the buffers are written again."""
@@ -189,15 +196,7 @@ class FakeQuantizer(QuantizationState):
         self.zero_point.copy_(zero_point)
 
     def extra_repr(self) -> str:
-        fmt = self._format
-        parts = [fmt.scheme, f"bits={fmt.bits}", "symmetric" if fmt.symmetric else "asymmetric"]
-        if fmt.axis is not None:
-            parts.append(f"axis={fmt.axis}")
-        if fmt.group_size is not None:
-            parts.append(f"group_size={fmt.group_size}")
-        if fmt.block_size is not None:
-            parts.append(f"block_size={fmt.block_size}" + (", nested" if fmt.nested else ""))
-        return ", ".join(parts)
+        return self._format.described()
 
 
 class ActivationQuantizer(FakeQuantizer):
@@ -268,10 +267,8 @@ class ActivationQuantizer(FakeQuantizer):
             after, _ = of_observed_range(observer, bits, self._format.symmetric)
             learned.store(learned.scale() * (after / before), learned.zero_point(self.bits), self.bits)
             learned.renewed = True
-            self._set_bits(bits)
-            return
         self._set_bits(bits)
-        if observer is not None and self.calibrated:
+        if learned is None and observer is not None and self.calibrated:
             self.refresh()
 
     def refresh(self) -> tuple[Tensor, Tensor]:
@@ -284,7 +281,7 @@ class ActivationQuantizer(FakeQuantizer):
         else:
             scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
         self._store(scale, zero_point)
-        return (scale, zero_point) if self.learned is None else (self.scale, self.zero_point)
+        return (scale, zero_point) if self.learned is None else self._parameters_now()
 
     def gradient_factor(self, x: Tensor) -> float:
         return gradient_factor(x, 1, self._format, samples=True)
@@ -330,10 +327,12 @@ class ActivationQuantizer(FakeQuantizer):
         return self.deferred and (self.calibrating or self._learns)
 
     def parameters_now(self, x: Tensor) -> tuple[Tensor, Tensor, TensorFormat] | None:
-        fmt, fresh = self._format, None
+        fmt, fresh, learned = self._format, None, self.learned
+        if learned is not None and self.calibrated and not self.calibrating:  # nothing is observed any more
+            return (*learned.parameters_now(fmt.bits), fmt) if self.quantizing else None
         observes = self._observes_now()
-        unseen = observes and self._sees_while_quantizing(x)
-        self.__dict__["_unseen"] = unseen  # modules look through all they have at every attribute
+        # Modules look through all they have at every attribute that is set.
+        self.__dict__["_unseen"] = unseen = observes and self._sees_while_quantizing(x)
         if observes and not unseen:
             seen, observer = self._within_samples(x), self.observer
             if self.deferred and seen.numel():
@@ -354,7 +353,7 @@ class ActivationQuantizer(FakeQuantizer):
                 f"the input of layer {self.name!r} was never observed, so it has no range to quantize with; "
                 "run calibrate(model, batches) or train before evaluating"
             )
-        scale, zero_point = (self.scale, self.zero_point) if fresh is None else fresh
+        scale, zero_point = self._parameters_now() if fresh is None else fresh
         if fmt.dynamic and x.numel():
             scale, zero_point, fmt = dynamic_parameters(x, fmt, self.spatial_dims)
         return *self._unchanging(scale, zero_point), fmt
@@ -363,7 +362,7 @@ class ActivationQuantizer(FakeQuantizer):
         """Whether one pass can both find the extremes of ``x``, for the next batch, and fake-quantize it."""
         if x.device.type not in ONE_PASS_DEVICES or not self.deferred or not self.calibrated or self.calibrating:
             return False
-        if not self.quantizing or self.learned is not None or not x.numel() or torch.compiler.is_compiling():
+        if not self.quantizing or not x.numel() or torch.compiler.is_compiling():
             return False
         return type(self.scheme) is IntegerScheme and bool(self.observer and self.observer.follows_training)
 

@@ -19,10 +19,9 @@ zero point is a share of the grid in 0 .. 1, likewise: a step moves LSQ+'s ``bet
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,40 +33,25 @@ from lightning_qat.ops.straight_through import (
     apply_plainly,
     differentiable_once,
     fake_quantize_kernel,
-    full_float32,
     grid_for,
     learned_gradients,
+)
+from lightning_qat.quantizers.exponents import (
+    LEAST,
+    MOST,
+    exponent_of,
+    position,
+    scale_of,
+    scale_where_right,
+    zero_point_where_right,
 )
 from lightning_qat.quantizers.observers import Observer
 from lightning_qat.quantizers.scale_gradients import exponent_gradient, offset_gradient, parameter_gradients
 from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.schemes import Scheme, TensorFormat, rows_of, scale_shape
 
-#: Bits of a float32's mantissa as a factor, and the bit pattern of 1.0.
-_MANTISSA, _ONE = float(2**23), 0x3F800000
-
-_SINGLE, _PATTERN = struct.Struct("f"), struct.Struct("i")
-
-#: Beyond these exponents a float32 scale is 0, denormal or infinite.
-_LEAST, _MOST = -126.0, 127.0
-
 #: Factors of the range tried at first, and between the neighbours of the best of them.
 _COARSE, _FINE = 20, 16
-
-
-def scale_of(exponent: Tensor) -> Tensor:
-    """Return the scales, float32, that ``exponent`` stands for; the same bits on every device."""
-    exponent = exponent.detach()
-    if exponent.numel() == 1 and takes_pieces(exponent):  # Python's numbers: single ones cost an operation its call
-        value = exponent.item()
-        if _LEAST <= value <= _MOST:
-            return full_float32(exponent.shape, _SINGLE.unpack(_PATTERN.pack(int(value * _MANTISSA) + _ONE))[0])
-    return ((exponent * _MANTISSA).to(torch.int32) + _ONE).view(torch.float32)
-
-
-def exponent_of(scale: Tensor) -> Tensor:
-    """Return the exponents, float32, of positive float32 scales; exact to the precision of a float32."""
-    return (scale.detach().to(torch.float32).contiguous().view(torch.int32) - _ONE).to(torch.float32) / _MANTISSA
 
 
 class LearnedScale(QuantizationState):
@@ -118,21 +102,34 @@ class LearnedScale(QuantizationState):
         Raises:
             ValueError: in eager mode on a CPU, where it is none any more; on a GPU that would wait for it.
         """
-        exponent = self.exponent.detach()
-        if takes_pieces(exponent) and exponent.numel():
-            low, high = exponent.aminmax()
-            if not (low.item() >= _LEAST and high.item() <= _MOST):  # a NaN is both
-                _raise_wrong(self)
-        return scale_of(exponent).view(self.shape)
+        exponent = self._parameters["exponent"].detach()  # type: ignore[union-attr]
+        return self._plain_scale(exponent) if takes_pieces(exponent) else scale_of(exponent).view(self.shape)
 
-    @torch.no_grad()
     def zero_point(self, bits: int) -> Tensor:
         """Return the zero point as it is now, int32: a tensor of its own."""
         if self.offset is None:
             return torch.zeros(self.shape, dtype=torch.int32, device=self.exponent.device)
-        if takes_pieces(self.offset) and not self.offset.isfinite().all():
-            _raise_wrong(self)
-        return torch.round(_position(self.offset, bits)).to(torch.int32).view(self.shape)
+        offset = self.offset.detach()
+        if takes_pieces(offset):
+            return self._plain_zero_point(offset, bits)
+        return torch.round(position(offset, bits)).to(torch.int32).view(self.shape)
+
+    def parameters_now(self, bits: int) -> tuple[Tensor, Tensor]:
+        """Return :meth:`scale` and :meth:`zero_point`."""
+        if self.offset is None:
+            return self.scale(), self.zero_point(bits)
+        exponent, offset = self.exponent.detach(), self.offset.detach()
+        if not takes_pieces(exponent, offset):
+            return self.scale(), self.zero_point(bits)
+        return self._plain_scale(exponent), self._plain_zero_point(offset, bits)
+
+    def _plain_scale(self, exponent: Tensor) -> Tensor:
+        found = scale_where_right(exponent, self.shape)
+        return _raise_wrong(self) if found is None else found
+
+    def _plain_zero_point(self, offset: Tensor, bits: int) -> Tensor:
+        found = zero_point_where_right(offset, bits, self.shape)
+        return _raise_wrong(self) if found is None else found
 
     @torch.no_grad()
     def store(self, scale: Tensor, zero_point: Tensor, bits: int) -> None:
@@ -176,7 +173,7 @@ class LearnedScale(QuantizationState):
 
     def wrong_values(self) -> Tensor:
         """Return a bool, still on the device: whether a scale or zero point is none any more."""
-        wrong = ~((self.exponent.detach() >= _LEAST) & (self.exponent.detach() <= _MOST)).all()
+        wrong = ~((self.exponent.detach() >= LEAST) & (self.exponent.detach() <= MOST)).all()
         return wrong if self.offset is None else wrong | ~self.offset.detach().isfinite().all()
 
     def extra_repr(self) -> str:
@@ -199,9 +196,9 @@ def check_scales(learned: list[LearnedScale]) -> None:
                 _raise_wrong(each)
 
 
-def _raise_wrong(learned: LearnedScale) -> None:
+def _raise_wrong(learned: LearnedScale) -> NoReturn:
     exponent = learned.exponent.detach().flatten()
-    ok = (exponent >= _LEAST) & (exponent <= _MOST)
+    ok = (exponent >= LEAST) & (exponent <= MOST)
     if bool(ok.all()):
         what = "zero point is NaN or inf"
     else:
@@ -298,11 +295,6 @@ def _best(
 # --- the gradients --------------------------------------------------------------------------------
 
 
-def _position(offset: Tensor, bits: int) -> Tensor:
-    """Return the zero point before it is rounded: the range of an integer grid contains zero."""
-    return offset.clamp(0.0, 1.0) * float(2**bits - 1)
-
-
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exponent: Tensor, factor: float) -> Tensor:
@@ -321,7 +313,7 @@ class _ZeroPoint(torch.autograd.Function):
     def forward(ctx: Any, offset: Tensor, scale: Tensor, factor: float, bits: int) -> Tensor:
         ctx.save_for_backward(offset, scale)
         ctx.factor, ctx.levels = factor, 2**bits - 1
-        return torch.round(_position(offset, bits))
+        return torch.round(position(offset, bits))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,20 +6,16 @@ See :mod:`lightning_qat.quantizers.learned_scale`.
 from __future__ import annotations
 
 import math
-import struct
 
 import torch
 from torch import Tensor
 
-from lightning_qat.native.fake_quantize import exponent_gradients
 from lightning_qat.ops.affine_cpu import takes_pieces
 from lightning_qat.ops.straight_through import full_float32
+from lightning_qat.quantizers.exponents import single
 
 #: The bit patterns of all exponents.
 _EXPONENT_BITS = 0x7F800000
-
-_SINGLE = struct.Struct("f")
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def slope_of(scale: Tensor) -> Tensor:
@@ -64,28 +60,12 @@ def parameter_gradients(
     return exponent, offset_gradient(of_zero.view_as(scale), offset.view_as(scale), scale, factor, levels)
 
 
-def gradients_of_sums(
-    sums: Tensor, scale: Tensor, offset: Tensor | None, factor: float, levels: int
+def gradients_of_numbers(
+    of_scale: float, of_zero: float, scale: Tensor, offset: float | None, factor: float, levels: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return :func:`parameter_gradients` of float64 sums ``[C, 2]`` for scales and zero points, on the CPU."""
-    if scale.numel() == 1 and takes_pieces(sums, scale, offset):
-        of_scale, of_zero = sums.view(-1).tolist()
-        of_scale, of_zero = _single(of_scale), _single(of_zero)
-        value = scale.item()
-        exponent = full_float32(scale.shape, of_scale * factor / 2.0 ** (math.frexp(value)[1] - 1))
-        if offset is None:
-            return exponent, None
-        return exponent, full_float32(scale.shape, _of_one_offset(of_zero, offset.item(), value, factor, levels))
-    found = exponent_gradients(sums, scale, factor) if offset is None and takes_pieces(sums, scale) else None
-    if found is not None:
-        return found, None
-    of_zeros = None if offset is None else sums[:, 1].to(torch.float32)
-    return parameter_gradients(sums[:, 0].to(torch.float32), of_zeros, scale, offset, factor, levels)
-
-
-def _single(value: float) -> float:
-    """Return a number as float32 has it."""
-    if not abs(value) <= _LARGEST:
-        return value if math.isnan(value) else math.copysign(math.inf, value)
-    found: float = _SINGLE.unpack(_SINGLE.pack(value))[0]
-    return found
+    """Return :func:`parameter_gradients` of one scale, from what ``native.learned_sums_of_one`` returns."""
+    value = scale.item()
+    exponent = full_float32(scale.shape, single(of_scale) * factor / 2.0 ** (math.frexp(value)[1] - 1))
+    if offset is None:
+        return exponent, None
+    return exponent, full_float32(scale.shape, _of_one_offset(single(of_zero), offset, value, factor, levels))

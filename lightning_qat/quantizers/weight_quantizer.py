@@ -121,16 +121,17 @@ class WeightQuantizer(FakeQuantizer):
             if not self.learned.ready and not self.quantizing:
                 return self._derive(weight)  # what it would begin with
             self.begin_learning(weight)
-            return self.scale, self.zero_point
+            return self._parameters_now()
         return (self.scale, self.zero_point) if self.frozen else self._derive(weight)
 
     def begin_learning(self, weight: Tensor) -> None:
         """Let a learned scale begin at that of ``weight``, the first time that this is called."""
-        if self.learned is None or self.learned.ready:
+        learned = self.learned
+        if learned is None or learned.ready:
             return
         if not torch.compiler.is_compiling():  # a search has no place in a graph: that of ``prepare`` holds there
             self._store(*self._derive(whole_weight(weight.detach(), weight.shape, self.name)))
-        self.learned.ready = True
+        learned.ready = True
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the integer codes of ``weight``, in its shape: what conversion stores."""

@@ -52,6 +52,17 @@ class TensorFormat:
             if field.name in _ALWAYS or values[field.name] != field.default
         }
 
+    def described(self) -> str:
+        """Return it in words, for the ``repr`` of a quantizer."""
+        parts = [self.scheme, f"bits={self.bits}", "symmetric" if self.symmetric else "asymmetric"]
+        if self.axis is not None:
+            parts.append(f"axis={self.axis}")
+        if self.group_size is not None:
+            parts.append(f"group_size={self.group_size}")
+        if self.block_size is not None:
+            parts.append(f"block_size={self.block_size}" + (", nested" if self.nested else ""))
+        return ", ".join(parts)
+
 
 def scale_shape(shape: torch.Size, fmt: TensorFormat) -> tuple[int, ...]:
     """Return the shape that a scale has for a tensor of ``shape`` whose ranges are not found at run time."""

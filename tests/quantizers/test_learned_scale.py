@@ -12,13 +12,12 @@ import lightning_qat as lq
 from lightning_qat.native.library import without_native
 from lightning_qat.ops.fake_quantize import EDGE, fake_quantize_op
 from lightning_qat.ops.straight_through import _by_products, learned_gradients
+from lightning_qat.quantizers.exponents import exponent_of, scale_of
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
-from lightning_qat.quantizers.learned_scale import exponent_of, least_error_parameters, scale_of
+from lightning_qat.quantizers.learned_scale import least_error_parameters
 from lightning_qat.quantizers.scale_gradients import (
     exponent_gradient,
-    gradients_of_sums,
     offset_gradient,
-    parameter_gradients,
     slope_of,
 )
 from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
@@ -341,22 +340,6 @@ def test_one_number_has_the_gradients_that_it_has_among_several(offset, grad, sc
         if scale > 1e-18:  # its square is a float32
             found = offset_gradient(*alone, factor, 255)
             torch.testing.assert_close(found, offset_gradient(*among, factor, 255)[:1], rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("scale", [1e-37, 0.01, 1.0, 40.0])
-@pytest.mark.parametrize("grad", [-3.7e4, -1e-9, 0.0, 2.5, 3e38, 1e39, math.inf, math.nan])
-@pytest.mark.parametrize("scales", [1, 3])
-@pytest.mark.parametrize("offset", [None, -0.1, 0.0, 0.3, 1.0])
-def test_gradients_of_sums_have_the_bits_of_their_tensors(grad, scale, scales, offset):
-    sums = torch.tensor([[grad * (1 + i / 3), 0.7 * grad] for i in range(scales)], dtype=torch.float64)
-    steps = torch.tensor([scale * (1 + i / 5) for i in range(scales)])
-    offsets = None if offset is None else torch.full((scales,), offset)
-    found = gradients_of_sums(sums, steps, offsets, 0.0371, 255)
-    of_zeros = None if offset is None else sums[:, 1].float()
-    expected = parameter_gradients(sums[:, 0].float(), of_zeros, steps, offsets, 0.0371, 255)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours is None) == (theirs is None)
-        assert ours is None or torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("exponent", [-126.0, -125.3, -20.7, -1.0, -1e-7, 0.0, 0.5, 126.9, 127.0])
