@@ -172,7 +172,7 @@ class CalledProjections(nn.MultiheadAttention):
         if self.training and self.dropout > 0.0:
             weights = F.dropout(weights, p=self.dropout)
         attended = torch.bmm(weights, v).transpose(0, 1).reshape(length * batch, features)
-        return attended, weights.view(batch, self.num_heads, length, -1)
+        return attended, weights.view(batch, self.num_heads, length, k.shape[1])
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: torch.Size, is_causal: bool
@@ -181,8 +181,8 @@ class CalledProjections(nn.MultiheadAttention):
         length, batch, features = shape
         if mask is not None:
             one_for_all = mask.shape[0] == 1
-            mask = mask.unsqueeze(0) if one_for_all else mask.view(batch, self.num_heads, -1, k.shape[1])
-        q, k, v = (x.view(batch, self.num_heads, -1, self.head_dim) for x in (q, k, v))
+            mask = mask.unsqueeze(0) if one_for_all else mask.view(batch, self.num_heads, mask.shape[1], k.shape[1])
+        q, k, v = (x.view(batch, self.num_heads, x.shape[1], self.head_dim) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         return attended.permute(2, 0, 1, 3).reshape(length * batch, features)

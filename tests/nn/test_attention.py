@@ -354,3 +354,18 @@ def test_projections_in_different_bits_do_not_share():
     assert module.v_proj.weight_codes().unique().numel() <= 4
     module.eval()
     assert lq.check_parity(module, lq.convert(module), [(x, x, x)]).passed
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_an_empty_batch(masked, need_weights):
+    """A detector that found nothing asks with no rows, and is answered with none."""
+    module, x = attention(batch_first=True), torch.randn(3, 5, FEATURES)
+    empty, arguments = x[:0], {"need_weights": need_weights}
+    if masked:
+        arguments |= {"key_padding_mask": torch.zeros(0, 5, dtype=torch.bool), "attn_mask": torch.zeros(5, 5).bool()}
+    lq.calibrate(lq.prepare(module, "int8"), [(x, x, x)])
+    for quantized in (module, lq.convert(module)):
+        output, weights = quantized(empty, empty, empty, **arguments)
+        assert output.shape == (0, 5, FEATURES)
+        assert weights is None if not need_weights else weights.shape == (0, 5, 5)
