@@ -44,6 +44,8 @@ def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
     memo = {} if memo is None else memo
     own = {id(module) for module in model.modules()}
     for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:  # a part that torch.compile wrapped is compiled anew by a copy
+            continue
         patched = module.__dict__.get("forward")
         if _compiled_method(patched, module) is None and _holds_one_of(patched, own):
             raise ValueError(

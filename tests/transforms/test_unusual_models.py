@@ -172,6 +172,23 @@ def test_compiled_models_prepare_and_convert():
     assert isinstance(lq.convert(compiled)[0], lq.QuantizedLinear)
 
 
+def test_models_with_compiled_parts_are_copied_parts_and_all():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend="eager"))
+
+    x, model = torch.randn(3, 8), lq.prepare(build(), "int8")
+    lq.calibrate(model, [x])
+    converted, plain = lq.convert(model.eval(), verify=[x]), lq.quantize_model(build(), "int8", [x])
+    expected = model(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for quantized in (converted, plain):
+        assert isinstance(quantized[1]._orig_mod[0], lq.QuantizedLinear)
+        torch.testing.assert_close(quantized(x), expected)
+
+
 @pytest.mark.parametrize(
     "plan", ["int8", "w4a8", "int8_dynamic", lq.QATConfig("int4", group_size=4, activation_bits=None)]
 )
