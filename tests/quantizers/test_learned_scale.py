@@ -346,3 +346,16 @@ def test_one_number_has_the_gradients_that_it_has_among_several(offset, grad, sc
 def test_one_exponent_has_the_bits_that_it_has_among_several(exponent):
     several = scale_of(torch.tensor([exponent, 0.0]))
     assert torch.equal(scale_of(torch.tensor([exponent])).view(torch.int32), several[:1].view(torch.int32))
+
+
+def test_every_batch_of_a_calibration_is_observed_in_float():
+    """From the first batch on the quantizer has a range, which the next ones may widen."""
+    model = lq.prepare(nn.Sequential(nn.Linear(4, 3)), w4a4())
+    batches = [torch.linspace(-1.0, 1.0, 32).view(8, 4), torch.linspace(-3.0, 5.0, 32).view(8, 4)]
+    seen = []
+    model[0].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    lq.calibrate(model, batches)
+    observer = model[0].input_quantizer.observer
+    assert (observer.min_val.item(), observer.max_val.item()) == (-3.0, 5.0)
+    for batch, output in zip(batches, seen, strict=True):
+        assert torch.equal(output, nn.functional.linear(batch, model[0].weight, model[0].bias))
