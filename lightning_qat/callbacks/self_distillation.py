@@ -103,6 +103,7 @@ class SelfDistillation(pl.Callback):
         #: Of forward passes that have begun: the module, and what the teacher said.
         self._said: list[tuple[nn.Module, Tensor]] = []
         self._losses: list[Tensor] = []
+        self._quantized = False  # this batch's forward; when the batch has ended the next phase may have begun
         self._warned = False
 
     def remarks(self) -> list[tuple[str, str]]:
@@ -210,6 +211,10 @@ class SelfDistillation(pl.Callback):
     ) -> None:
         self._said.clear()  # of a forward pass that failed
         self._losses.clear()
+        self._quantized = False
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._quantized = self._quantized or _quantizes(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -218,7 +223,7 @@ class SelfDistillation(pl.Callback):
             total = torch.stack([loss.to(self._losses[0]) for loss in self._losses]).sum()
             pl_module.log("quantization/distillation_loss", total)
             self._warned = True  # it is known to be called
-        elif not self._warned and _quantizes(pl_module):
+        elif not self._warned and self._quantized:
             self._warned = True
             names = ", ".join(repr(name) for name in self.layers if name) or "the LightningModule"
             rank_zero_warn(
