@@ -13,6 +13,7 @@ option ``session.qdq_matmulnbits_accuracy_level`` set to 1 keeps them in float32
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import warnings
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.formats.onnx_file import finished
+from lightning_qat.formats.onnx_file import finished, pin
 from lightning_qat.formats.traceable import make_traceable
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.transforms.prepare import copy_model
@@ -32,9 +33,14 @@ from lightning_qat.transforms.without_cache import without_cache
 OPSET = 21
 _INSTALL = "pip install onnx onnxscript"
 
+logger = logging.getLogger(__name__)
+
 
 def write_onnx(model: nn.Module, path: Path, example: Any) -> Path:
     """Write a converted model as one ONNX file.
+
+    A dimension of the example that the model's code turns into a number, as ``len(x)`` does, is that number in the
+    file; a warning names it.
 
     Args:
         model: converted, in float32.
@@ -61,9 +67,11 @@ def write_onnx(model: nn.Module, path: Path, example: Any) -> Path:
         if isinstance(module, QuantizedLayer):
             make_traceable(name, module)
     program = _trace(traced, example)
+    proto = finished(program)
+    _say_what_is_fixed(pin(proto, _fixed(program.exported_program)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        (Path(folder) / path.name).write_bytes(finished(program).SerializeToString())
+        (Path(folder) / path.name).write_bytes(proto.SerializeToString())
         os.replace(Path(folder) / path.name, path)
     return path
 
@@ -98,3 +106,29 @@ def _free(value: Any) -> Any:
         return None
     count = 1 if value.is_floating_point() else 2
     return dict.fromkeys(range(min(count, value.dim())), torch.export.Dim.AUTO)
+
+
+def _fixed(exported: Any) -> dict[str, int]:
+    """Return the sizes that the trace left a symbol, but holds for one value only: the exporter writes the symbol."""
+    found = {}
+    for node in exported.graph.nodes:
+        if node.op != "placeholder" or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        for size in node.meta["val"].shape:
+            allowed = exported.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
+            if allowed is None:
+                continue
+            hint = size.node.hint
+            # One is left as 1 to 2: sizes of 1 and of more are traced apart.
+            if allowed.lower == hint and allowed.upper in (hint, 2):
+                found[str(size)] = int(hint)
+    return found
+
+
+def _say_what_is_fixed(pinned: list[str]) -> None:
+    if pinned:
+        logger.warning(
+            "the model was traced for these sizes only, and the file takes no others: %s. Code that reads len(x) or "
+            "int(x.shape[0]) does that; with x.shape[0] or x.size(0) the size may vary",
+            ", ".join(pinned),
+        )

@@ -26,6 +26,23 @@ def finished(program: Any) -> Any:
     return proto
 
 
+def pin(proto: Any, sizes: dict[str, int]) -> list[str]:
+    """Write numbers for symbolic dimensions of inputs and outputs, in place; return the inputs' as they now are.
+
+    Args:
+        proto: what :func:`finished` returned.
+        sizes: of symbols, by name.
+    """
+    pinned = []
+    for value in (*proto.graph.input, *proto.graph.output):
+        for place, dimension in enumerate(value.type.tensor_type.shape.dim):
+            if dimension.dim_param in sizes:
+                dimension.dim_value = sizes[dimension.dim_param]
+                if value in proto.graph.input:
+                    pinned.append(f"dimension {place} of {value.name!r} is {dimension.dim_value}")
+    return pinned
+
+
 def _described(proto: Any) -> Iterator[Any]:
     yield from (proto, proto.graph)
     for held in (proto.graph, *proto.functions):

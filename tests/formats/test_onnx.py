@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from onnx_files import converted, reference, run
+from onnx_files import converted, onnx, reference, run
 from torch import Tensor, nn
 
 import lightning_qat as lq
@@ -180,3 +180,33 @@ def test_what_it_cannot_hold_is_named(tmp_path: Path, model, example: Any, messa
     with pytest.raises(ValueError, match=message):
         lq.export(model(), tmp_path / "model.onnx", "onnx", example=(ids, ids) if example else None)
     assert not any(tmp_path.iterdir())
+
+
+class Slots(nn.Module):
+    """A query for each sample, as many as ``len(x)`` says or the shape does."""
+
+    def __init__(self, by_len: bool) -> None:
+        super().__init__()
+        self.query, self.line, self.by_len = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(6, 8), by_len
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(x) + self.query.expand(len(x) if self.by_len else x.shape[0], -1, -1)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("by_len", [False, True], ids=["shape", "len"])
+def test_a_size_that_the_code_made_a_number_is_one_in_the_file_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, by_len: bool, size: int
+) -> None:
+    x = torch.randn(size, 3, 6)
+    model = converted(Slots(by_len), "int8", x)
+    path = lq.export(model, tmp_path / "model.onnx", "onnx", example=x)
+    said = [record.message for record in caplog.records if record.name.startswith("lightning_qat")]
+    graph = onnx.load(path).graph
+    sizes = [value.type.tensor_type.shape.dim[0].dim_value for value in (*graph.input, *graph.output)]
+    assert sizes == ([size, size] if by_len else [0, 0])
+    assert len(said) == int(by_len)
+    assert not by_len or f"dimension 0 of 'x' is {size}" in said[0]
+    x = x if by_len else torch.randn(5, 3, 6)
+    found, _ = run(path, x)
+    assert float((found - reference(model, x)).abs().max()) < 1e-5
