@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.formats.contents import Contents, check_head_in_float, check_last_in_float
+from lightning_qat.formats.contents import Contents, check_head_in_float, check_last_in_float, check_not_held_in_float32
 from lightning_qat.formats.integer_weight import (
     UnsignedWeight,
     check_choice_of_groups,
@@ -56,6 +56,7 @@ class AWQFormat(ModelFormat):
         check_choice_of_groups(contents, setting, "awq", _GROUPS)
         check_head_in_float(contents, "awq")
         check_last_in_float(contents, "awq")
+        check_not_held_in_float32(contents, "awq")
         for name, layer in contents.layers.items():
             if layer.weight_shape[0] % 8:
                 raise ValueError(

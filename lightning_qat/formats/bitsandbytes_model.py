@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_qat.config import BLOCK_SIZES
 from lightning_qat.formats.bitsandbytes import from_bitsandbytes_format, to_bitsandbytes_format
-from lightning_qat.formats.contents import Contents, check_head_untied, check_weight_only
+from lightning_qat.formats.contents import Contents, check_head_untied, check_not_held_in_float32, check_weight_only
 from lightning_qat.formats.model_format import HeldLayer, ModelFormat, register_format
 from lightning_qat.nn import QuantizedLinear
 from lightning_qat.schemes import TensorFormat
@@ -38,6 +38,7 @@ class BitsAndBytesFormat(ModelFormat):
         for name, layer in contents.layers.items():
             _check_layer(name, layer)
         check_head_untied(contents)
+        check_not_held_in_float32(contents, _KIND)
         first, scheme = next((name, layer.weight_format.scheme) for name, layer in contents.layers.items())
         for name, layer in contents.layers.items():
             if layer.weight_format.scheme != scheme:

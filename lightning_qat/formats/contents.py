@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +146,18 @@ def check_last_in_float(contents: Contents, kind: str) -> None:
             f"layer {last!r} is the last of all, which transformers keeps in float when it loads {kind}; leave it in "
             f"float with LayerRule({last!r}), or use format='compressed_tensors'"
         )
+
+
+def check_not_held_in_float32(contents: Contents, kind: str) -> None:
+    """Raise if a layer is quantized that the model's class holds in float32, which transformers then leaves so."""
+    held = getattr(contents.model, "_keep_in_fp32_modules", None) if contents.is_pretrained else None
+    for key, name in itertools.product(sorted(held or ()), contents.layers):
+        if re.match(rf"(?:{key})(?:\.|$)", name) or name.endswith(key):  # as transformers compares them
+            rule = f"*{key}" if name.endswith(key) else f"{key}*"
+            raise ValueError(
+                f"layer {name!r} is of those that {type(contents.model).__name__} holds in float32 ({key!r}), which "
+                f"transformers leaves in float when it loads {kind}; leave them in float with LayerRule({rule!r})"
+            )
 
 
 def check_head_untied(contents: Contents) -> None:

@@ -114,6 +114,27 @@ def test_layers_in_float_stay_in_float(tmp_path: Path) -> None:
     assert type(theirs.model.layers[0].self_attn.q_proj) is not nn.Linear
 
 
+def t5(seed: int = 0) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.T5Config(vocab_size=64, d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2)
+    model: nn.Module = transformers.T5ForConditionalGeneration(config).eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "llm_int8"])
+def test_layers_that_a_class_holds_in_float32_are_refused(tmp_path: Path, kind: str) -> None:
+    head = lq.LayerRule("lm_head")
+    with pytest.raises(ValueError, match=r"'encoder.block.0.layer.1.DenseReluDense.wo' is of those that T5F.*'\*wo'"):
+        lq.export(lq.quantize_model(t5(), lq.QuantizationPlan([head], base=kind)), tmp_path / "file", "bitsandbytes")
+    model = lq.quantize_model(t5(), lq.QuantizationPlan([head, lq.LayerRule("*wo")], base=kind))
+    lq.export(model, tmp_path / "file", "bitsandbytes")
+    theirs, tokens = type(model).from_pretrained(tmp_path / "file"), torch.arange(8).reshape(1, 8)
+    with torch.no_grad():
+        found = [m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (theirs, model)]
+    assert difference(*found) < 4e-2
+
+
 @pytest.mark.parametrize(
     ("weight", "activation", "rules", "message"),
     [
