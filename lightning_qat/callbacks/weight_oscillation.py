@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_qat.callbacks.both_lightnings import serve_both
 from lightning_qat.callbacks.quantization_penalty import BackwardPasses, refuse_sharded
 from lightning_qat.nn import QATLayer
+from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.tracking import log_table
 from lightning_qat.transforms.oscillation import (
     OSCILLATING,
@@ -124,7 +125,7 @@ class WeightOscillation(pl.Callback):
             self._states, self._step, self._observed, self.table = {}, 0, None, []
         for name, layer in self._layers.items():
             if name in self._states:  # of a checkpoint
-                self._states[name].to(layer.weight.device)
+                self._states[name].to(weight_now(layer).device)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._passes.count += 1

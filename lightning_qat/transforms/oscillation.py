@@ -114,7 +114,7 @@ def _holder(layer: QATLayer) -> nn.Parameter | None:
     own = layer._parameters.get("weight")
     if own is not None:
         return own
-    weight, holders = layer.weight, layer.weight_parameters()
+    weight, holders = weight_now(layer), layer.weight_parameters()
     same = len(holders) == 1 and weight.untyped_storage().data_ptr() == holders[0].untyped_storage().data_ptr()
     return holders[0] if same else None
 

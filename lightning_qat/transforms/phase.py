@@ -80,7 +80,7 @@ def restore_bits(model: nn.Module, match: str = "*", *, weights: bool = True, ac
     for name, layer in qat_layers(model):
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         if weights and fnmatch.fnmatchcase(name, match):
-            weight.set_bits(int(weight.config.bits or 8), layer.weight)
+            weight.set_bits(int(weight.config.bits or 8), weight_now(layer))
         if activations and activation is not None and fnmatch.fnmatchcase(name, match):
             activation.set_bits(int(activation.config.bits or 8))
 
@@ -105,8 +105,9 @@ def follow_weights(model: nn.Module) -> None:
     """Derive weight scales that stand still from the weights as they are now: other weights were put in."""
     for _, layer in qat_layers(model):
         if layer.weight_quantizer.frozen:
-            layer.weight_quantizer.set_frozen(False, layer.weight)
-            layer.weight_quantizer.set_frozen(True, weight_now(layer))
+            weight = weight_now(layer)
+            layer.weight_quantizer.set_frozen(False, weight)
+            layer.weight_quantizer.set_frozen(True, weight)
 
 
 def keep_quantized_weights(model: nn.Module, keep: bool) -> None:

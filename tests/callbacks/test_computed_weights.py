@@ -5,10 +5,13 @@ import torch
 from classifier import trainer
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torchdata.stateful_dataloader import StatefulDataLoader
 from vectors import SAME, Base, assert_ships, batches, fit
 
 import lightning_qat as lq
+import lightning_qat.testing
 from lightning_qat.nn import QuantizedLayer
+from lightning_qat.transforms.phase import restore_bits
 
 
 class Clipped(nn.Module):
@@ -89,3 +92,30 @@ def test_a_pruned_bias_is_folded_with_its_mask(tmp_path):
     assert isinstance(converted.net[0], QuantizedLayer)
     assert type(converted.net[1]) is not nn.BatchNorm1d
     assert not prune.is_pruned(converted)
+
+
+def test_counting_flips_leaves_the_vectors_of_a_spectral_norm_where_they_are(tmp_path):
+    """Each reading of such a weight in training mode is a power iteration, in a resumed run one more."""
+    module = normed(parametrizations.spectral_norm)
+    plain, counted = module(), module()
+    trainer(tmp_path, [lq.QuantizationAwareTraining("int8", certify=False)]).fit(plain, batches())
+    callbacks = [lq.QuantizationAwareTraining("int8", certify=False), lq.WeightOscillation()]
+    trainer(tmp_path, callbacks).fit(counted, batches())
+    for name, value in plain.state_dict().items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(counted.state_dict()[name], value), name
+    lq.testing.assert_resume_exact(
+        module,
+        lambda: StatefulDataLoader(batches().dataset, batch_size=4),
+        lambda: [lq.QuantizationAwareTraining("int8", certify=False), lq.WeightOscillation(dampening=0.1)],
+        interrupt_at=[2],
+        folder=tmp_path,
+    )
+
+
+def test_bits_of_the_plan_come_back_without_a_power_iteration():
+    model = lq.prepare(nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 8))), "int8").train()
+    lq.set_bits(model, 4)
+    vectors = model[0].parametrizations.weight[0]._u.clone()
+    restore_bits(model)
+    assert model[0].weight_quantizer.bits == 8
+    assert torch.equal(model[0].parametrizations.weight[0]._u, vectors)
