@@ -66,6 +66,13 @@ inline void ask_ahead(const T* at) {
   __builtin_prefetch(reinterpret_cast<const char*>(at) + 2048);
 }
 
+// The same of a line that is to be written: what another core has read last is taken from it. Asked for as if to be
+// read it would have to be asked for twice, which took a tenth of the time of a pass and its products.
+template <typename T>
+inline void ask_ahead_to_write(T* at) {
+  __builtin_prefetch(reinterpret_cast<char*>(at) + 2048, 1);
+}
+
 // Share `part` of `parts` of `count` pieces of work begins here.
 inline int64_t share(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 

@@ -96,7 +96,7 @@ void learn_run(const T* grad, const T* __restrict x, T* to, T* __restrict values
   for (; i + kLanes <= count; i += kLanes) {
     ask_ahead(x + i);
     ask_ahead(grad + i);
-    if (kMakes) ask_ahead(values + i);
+    if (kMakes) ask_ahead_to_write(values + i);
 #pragma GCC ivdep
     for (int j = 0; j < kLanes; ++j) lane(i + j, j);
   }
