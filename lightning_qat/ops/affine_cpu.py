@@ -24,14 +24,15 @@ def takes_pieces(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return False
-    plain = (Tensor, torch.nn.Parameter)
     wanted = torch.is_grad_enabled()
-    return all(t is None or (type(t) in plain and _lies_here(t) and not (wanted and t.requires_grad)) for t in tensors)
-
-
-def _lies_here(t: Tensor) -> bool:
-    """Return whether the values are in this machine's memory as they are, and not the ones to be negated."""
-    return t.device.type == "cpu" and not t.is_neg()
+    for t in tensors:  # a plain loop: this is asked several times for each layer of a training step
+        if t is None:
+            continue
+        if not (type(t) is Tensor or type(t) is torch.nn.Parameter) or (wanted and t.requires_grad):
+            return False
+        if not t.is_cpu or t.is_neg():  # in another memory, or the values to be negated
+            return False
+    return True
 
 
 def run_of(x: Tensor, axis: int, group: int) -> int | None:
