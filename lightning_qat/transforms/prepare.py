@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_qat.config import PlanLike, QuantizationPlan, resolve_plan
 from lightning_qat.nn import QATLayer, QuantizedLayer
 from lightning_qat.nn.layer import make_qat, unmake_qat
+from lightning_qat.quantizers.state import QuantizationState
 from lightning_qat.transforms.match import match_layers, merge_layers, settle_layers, split_layers
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -28,10 +29,23 @@ def prepared_plan(model: nn.Module) -> QuantizationPlan | None:
 
 
 def qat_layers(model: nn.Module) -> Iterator[tuple[str, QATLayer]]:
-    """Yield the names and modules of the prepared layers, each module once."""
-    for name, module in model.named_modules():
+    """Yield the names and modules of the prepared layers, each module once, in the order of ``named_modules``.
+
+    The walk leaves quantizers out: it is done after every batch, and they are most of a prepared model's modules.
+    """
+    seen: set[nn.Module] = set()
+    ahead: list[tuple[str, nn.Module]] = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
         if isinstance(module, QATLayer):
             yield name, module
+        prefix = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is not None and not isinstance(child, QuantizationState):
+                ahead.append((prefix + key, child))
 
 
 def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:

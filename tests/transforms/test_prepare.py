@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import lightning_qat as lq
+from lightning_qat.nn import QATLayer
 from lightning_qat.transforms.calibrate import static_quantizers
+from lightning_qat.transforms.prepare import qat_layers
 
 
 class Net(nn.Module):
@@ -89,6 +91,16 @@ def test_a_layer_of_two_parents_is_prepared_once():
     lq.prepare(model, "int8")
     assert model["a"][0] is model["b"][0] is shared
     assert isinstance(shared, lq.QATLinear)
+
+
+def test_layers_are_found_in_the_order_of_named_modules():
+    shared, deep = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
+    model = nn.Sequential(nn.ModuleDict({"a": deep, "b": shared}), nn.ModuleList([shared, nn.Linear(4, 4), deep[1]]))
+    model.missing = None
+    lq.prepare(model, lq.QATConfig("int8", learnable_step_size=True))
+    expected = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QATLayer)]
+    assert len(expected) == 4
+    assert list(qat_layers(model)) == expected
 
 
 def test_the_model_itself_may_be_a_layer():
