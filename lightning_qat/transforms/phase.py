@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.config import nearest_first
+from lightning_qat.nn import QATLayer
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.quantizers.kept_weight import KeptWeight
 from lightning_qat.quantizers.sharded import is_sharded
@@ -50,29 +51,42 @@ def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Module]:
     Returns the BatchNorm modules that were put into evaluation mode, which is how their statistics
     stand still.
     """
+    # This is done twice for each batch: what a module holds already is not set again, which takes longer than to look.
+    bits = (phase.weight_bits, phase.activation_bits, phase.weight_bits_of or None, phase.activation_bits_of or None)
+    sets_bits = any(each is not None for each in bits)
     for name, layer in qat_layers(model):
         weight, activation = layer.weight_quantizer, layer.input_quantizer
-        sets_bits = fnmatch.fnmatchcase(name, phase.bits_match)
-        weight_bits = phase.weight_bits_of.get(name, phase.weight_bits if sets_bits else None)
-        # A weight may be computed when it is read: only where something changes.
-        if weight_bits is not None and weight_bits != weight.bits:
-            weight.set_bits(weight_bits, weight_now(layer))
-        weight.quantizing = phase.quantizing
+        if sets_bits:
+            _set_bits(name, layer, phase)
+        if weight.quantizing != phase.quantizing:
+            weight.quantizing = phase.quantizing
         if phase.frozen != weight.frozen:
             weight.set_frozen(phase.frozen, weight_now(layer))
         if activation is not None:
-            activation_bits = phase.activation_bits_of.get(name, phase.activation_bits if sets_bits else None)
-            if activation_bits is not None:
-                activation.set_bits(activation_bits)
-            activation.quantizing = phase.quantizing
-            activation.observing = phase.observing
-            activation.frozen = phase.frozen
+            if activation.quantizing != phase.quantizing:
+                activation.quantizing = phase.quantizing
+            if activation.observing != phase.observing:
+                activation.observing = phase.observing
+            if activation.frozen != phase.frozen:
+                activation.frozen = phase.frozen
     if not phase.frozen_norm:
         return []
     norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     for norm in norms:
         norm.eval()
     return norms
+
+
+def _set_bits(name: str, layer: QATLayer, phase: Phase) -> None:
+    sets_bits = fnmatch.fnmatchcase(name, phase.bits_match)
+    weight, activation = layer.weight_quantizer, layer.input_quantizer
+    weight_bits = phase.weight_bits_of.get(name, phase.weight_bits if sets_bits else None)
+    # A weight may be computed when it is read: only where something changes.
+    if weight_bits is not None and weight_bits != weight.bits:
+        weight.set_bits(weight_bits, weight_now(layer))
+    activation_bits = phase.activation_bits_of.get(name, phase.activation_bits if sets_bits else None)
+    if activation is not None and activation_bits is not None:
+        activation.set_bits(activation_bits)
 
 
 def restore_bits(model: nn.Module, match: str = "*", *, weights: bool = True, activations: bool = True) -> None:
