@@ -114,8 +114,16 @@ def take_in_batch(quantizers: list[ActivationQuantizer], *, across_ranks: bool) 
             merge_histograms([q.observer for q in searched if q.observer is not None])
         for quantizer in searched:
             quantizer.refresh()
-    for quantizer in ordered:
-        quantizer.batch_range.clear()
+    _clear([quantizer.batch_range for quantizer in ordered])
+
+
+def _clear(ranges: list[BatchRange]) -> None:
+    """Let all of them begin another batch: by a few operations, where one after another takes two for each."""
+    ends = torch.full((2, len(ranges)), math.inf, dtype=torch.float32, device=ranges[0].low.device)
+    ends[1].neg_()
+    torch._foreach_copy_([each.low for each in ranges] + [each.high for each in ranges], list(ends.view(-1).unbind()))
+    for each in ranges:
+        each.used = False
 
 
 def _family(quantizer: ActivationQuantizer) -> tuple[Any, ...]:
