@@ -253,6 +253,8 @@ def quantize_input(
     places = ctypes.addressof(bounds), positions.data_ptr(), capacity, ctypes.addressof(counts)
     targets = 0 if out is None else out.data_ptr(), 0 if codes is None else codes.data_ptr()
     function(x.data_ptr(), *targets, count, *grid, quant_min, quant_max, *places, threads)
+    if counts[0] == 0:  # mostly
+        return Seen(bounds[0], bounds[1], torch.empty(0, dtype=torch.int64, device="cpu"))
     return Seen(bounds[0], bounds[1], None if counts[0] < 0 else positions[: counts[0]].clone())
 
 
