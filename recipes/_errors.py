@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from importlib import resources
 
@@ -13,6 +14,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from lightning_qat.config import nearest_first
 
 _CONF = "lightning_qat.conf"
+
+#: What a disk says that cannot be written to as was asked; other faults of files may be the program's.
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 
 class ConfigError(ValueError):
@@ -42,6 +46,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingMandatoryValue):
         key = _own_key(error)
         return f"{key} is missing; add {key}=..."
+    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
+        return f"{str(error.filename)!r} cannot be written or read: {error.strerror}"
     return str(error) if isinstance(error, OmegaConfBaseException) else None
 
 

@@ -9,6 +9,7 @@ from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_qat.transforms import float_state_dict
 
@@ -33,12 +34,15 @@ def load_config(folder: Path) -> DictConfig:
     """Read the config of an earlier run.
 
     Raises:
-        ConfigError: the folder holds none.
+        ConfigError: the folder holds none, or a damaged one.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} holds no {CONFIG}; give the folder that `lightning-qat train` wrote")
-    cfg = OmegaConf.load(path)
+    try:
+        cfg = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(cfg, DictConfig):
         raise ConfigError(f"{path} is damaged: it holds no names")
     return cfg

@@ -54,7 +54,7 @@ THIRD_PARTY = {
     "data": {"torch", "lightning", "torchmetrics", "numpy", "sklearn", "tokenizers", "PIL"},
     # Recipes write the float weights that the quantized model is compared with, hence torch and safetensors.
     # The benchmark measures the peers that are installed.
-    "recipes": {"torch", "safetensors", "hydra", "omegaconf", "lightning", "rich", *PEERS},
+    "recipes": {"torch", "safetensors", "hydra", "omegaconf", "yaml", "lightning", "rich", *PEERS},
     "conf": set(),
     # lightning_qat/__init__.py and __main__.py: the facade in front of all layers.
     "": set(),

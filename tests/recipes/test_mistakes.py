@@ -84,6 +84,24 @@ def test_evaluate(overrides: list[str], said: str, capsys: pytest.CaptureFixture
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("held", [b"garbage: [", b"\xff\xfe\x00", b"- one"], ids=["no YAML", "no text", "no names"])
+def test_a_damaged_config_of_a_run(held: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "config.yaml").write_bytes(held)
+    assert main(["evaluate", f"model_path={tmp_path / 'run'}"]) == 2
+    assert "config.yaml is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("here first")
+    assert main(["train", f"output_dir={tmp_path / folder}", "logger=none"]) == 2
+    printed = capsys.readouterr().err
+    assert str(tmp_path / "file") in printed
+    assert "Traceback" not in printed
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text("class Task:\n    def __init__(self):\n        1 / 0\n")
     with pytest.raises(Exception, match="ZeroDivisionError"):
