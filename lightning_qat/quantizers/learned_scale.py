@@ -102,7 +102,7 @@ class LearnedScale(QuantizationState):
         Raises:
             ValueError: in eager mode on a CPU, where it is none any more; on a GPU that would wait for it.
         """
-        exponent = self._parameters["exponent"].detach()  # type: ignore[union-attr]
+        exponent = self.exponent.detach()
         return self._plain_scale(exponent) if takes_pieces(exponent) else scale_of(exponent).view(self.shape)
 
     def zero_point(self, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_qat.ops.fake_quantize import EDGE, fake_quantize_op
 from lightning_qat.ops.straight_through import _by_products, learned_gradients
 from lightning_qat.quantizers.exponents import exponent_of, scale_of
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
-from lightning_qat.quantizers.learned_scale import least_error_parameters
+from lightning_qat.quantizers.learned_scale import LearnedScale, least_error_parameters
 from lightning_qat.quantizers.scale_gradients import (
     exponent_gradient,
     offset_gradient,
@@ -51,6 +51,19 @@ def test_a_scale_comes_back_from_its_exponent(scales):
     torch.testing.assert_close(again, scale, rtol=2**-17, atol=0)
     torch.testing.assert_close(scale_of(exponent_of(again)), again, rtol=0, atol=0)
     assert ((slope_of(again) <= again) & (again < 2 * slope_of(again))).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_parameters_may_be_held_as_plain_attributes(symmetric):
+    """The replicas of ``nn.DataParallel`` have no parameters, but tensors in their places."""
+    learned = LearnedScale((3,), symmetric=symmetric, name="weight")
+    learned.store(torch.tensor([0.5, 0.75, 3.0]), torch.tensor([0, 7, 255]), 8)
+    replica = learned._replicate_for_data_parallel()
+    for name, parameter in learned._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter * 1)
+    for found, expected in zip(replica.parameters_now(8), learned.parameters_now(8), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(replica.scale(), learned.scale())
 
 
 @pytest.mark.parametrize("lr", [0.5, 10.0])
