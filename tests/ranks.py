@@ -237,6 +237,14 @@ def fsdp(folder, world, rank):
     return result
 
 
+def learned_fsdp(folder, world, rank):
+    """``configure_model`` shards before there are scales, which FSDP2 then leaves alone."""
+    strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=False)
+    config = lq.QATConfig("int8", per_channel=True, learnable_step_size=True)
+    callbacks = [lq.QuantizationAwareTraining(config, calibration_batches=2, certify=False), lq.LearnedScales(lr=1e-2)]
+    return fit(folder, world, rank, Sharded(), callbacks, strategy, accumulate_grad_batches=2)[0]
+
+
 def calibrated(world, rank, config, batches=3):
     torch.manual_seed(1)
     model = lq.prepare(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), config)
@@ -268,8 +276,8 @@ def other_layers(folder, world, rank):
             ((name, layer.input_quantizer) for name, layer in qat_layers(model))}  # fmt: skip
 
 
-SCENARIOS = (ddp, uncalibrated, accumulating, deciding, fixed_data, synced_norms, branches, fsdp, calibration,
-             other_layers)  # fmt: skip
+SCENARIOS = (ddp, uncalibrated, accumulating, deciding, fixed_data, synced_norms, branches, fsdp, learned_fsdp,
+             calibration, other_layers)  # fmt: skip
 
 
 def run_two(folder):

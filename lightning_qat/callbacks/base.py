@@ -33,6 +33,7 @@ from lightning_qat.callbacks.calibration_run import run_calibration
 from lightning_qat.callbacks.module_hooks import check_before_loading, prepare_after_configure_model, restore_hook
 from lightning_qat.callbacks.run_length import run_length
 from lightning_qat.callbacks.schedule import Schedule
+from lightning_qat.callbacks.unsharded_scales import average_unsharded
 from lightning_qat.config import PlanLike, epochs_of
 from lightning_qat.nn import QuantizedLayer
 from lightning_qat.ops.workspace import release_workspace
@@ -229,6 +230,7 @@ class QuantizationCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         self._keep_weights(trainer, pl_module, False)
+        average_unsharded(pl_module, optimizer, leads=self._leads(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -118,6 +118,12 @@ def test_fsdp2_is_one_process_and_its_checkpoint_converts(tmp_path, two, folder)
     assert lq.convert(module).last.weight_format.bits == 4
 
 
+def test_scales_that_fsdp2_has_not_seen_learn_of_all_ranks(tmp_path, two):
+    first, second = (rank["learned_fsdp"]["state"] for rank in two)
+    assert_same_bits(first, second)
+    assert_rounding_apart(first, ranks.learned_fsdp(tmp_path, 1, 0)["state"])
+
+
 @pytest.fixture(scope="module")
 def normed(two, tmp_path_factory):
     """Each rank's runs with SyncBatchNorm, and those of one rank with BatchNorm and twice the batch."""
