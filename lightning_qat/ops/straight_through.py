@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from lightning_qat.native.fake_quantize import has_kernels
 from lightning_qat.ops.chunks import CHUNK
@@ -32,6 +31,11 @@ if HAS_TRITON:
 _OPS = (fake_quantize_op, fake_quantize_backward_op)
 
 _ONLY_X = [True, False, False]
+
+_TWICE = (
+    b"a fake-quantized layer cannot be asked to differentiate twice, as gradient penalties do: compute those in float, "
+    b"with apply_phase(model, Phase(quantizing=False)) before the forward whose gradients are penalized"
+)
 
 
 def grid_for(
@@ -64,11 +68,19 @@ def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Do what ``once_differentiable`` does, at no cost where nobody differentiates twice."""
-    guarded = once_differentiable(backward)
+    """Let whoever differentiates the gradients raise, at no cost where nobody does.
+
+    ``once_differentiable`` gives constants where the incoming gradient is one, as that of a sum is: the gradients of a
+    penalty would lack this layer's part, and nobody would hear of it.
+    """
 
     def choose(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        raising: Any = torch._C._functions.DelayedError(_TWICE, len(found))
+        return raising(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
 
     return choose
 

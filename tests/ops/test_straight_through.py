@@ -156,3 +156,21 @@ def test_a_second_derivative_is_refused_and_not_taken_for_zero():
 def test_a_scale_elsewhere_than_its_tensor_is_told():
     with pytest.raises(ValueError, match="scale is on meta and x on cpu"):
         grid_for(torch.ones(4), torch.ones((), device="meta"), 8, True, None, None)
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_a_penalty_of_gradients_raises_also_where_the_incoming_gradient_is_a_constant(width):
+    """It would lack the part of the last layer, of whose input the gradient is its weight."""
+    model, x = nn.Sequential(nn.Linear(width, 3)), torch.randn(70, width)
+    lq.calibrate(lq.prepare(model, "int8"), [x])
+    x.requires_grad_()
+    for phase in (lq.Phase(), lq.Phase(quantizing=False)):
+        lq.apply_phase(model, phase)
+        (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        penalty = gradient.pow(2).sum()
+        if phase.quantizing:
+            with pytest.raises(RuntimeError, match=r"differentiate twice.*Phase\(quantizing=False\)"):
+                penalty.backward()
+        else:
+            penalty.backward()
+            assert model[0].weight.grad.abs().sum() > 0
