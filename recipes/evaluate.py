@@ -35,12 +35,11 @@ def evaluate(cfg: DictConfig) -> list[Variant]:
     weights = float_weights(trained, folder)
     if weights is not None:
         load_weights(float_task, weights)
-    float_test = measure(float_task, data, trainer, seed=trained.seed)
-
     try:
         quantized = load_quantized(model_path, make_task(trained.task))
-    except QuantizedFileError as error:
+    except QuantizedFileError as error:  # before anything takes its time
         raise ConfigError(str(error)) from error
+    float_test = measure(float_task, data, trainer, seed=trained.seed)
     quantized_test = measure(quantized, data, trainer, seed=trained.seed)
     times = latency({"float": float_task, "quantized": quantized}, float_test.example)
 
