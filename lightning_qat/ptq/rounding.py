@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.nn import QATLayer, QATMultiheadAttention, RecurrentLayer
 from lightning_qat.ptq.blocks import find_blocks
@@ -45,7 +46,7 @@ def round_model(
 
     Args:
         model: prepared; converted in place if its weights are in files.
-        calibration: batches; None where no range is calibrated.
+        calibration: batches; None where no range is calibrated, and where none is they are not run.
         forward: see :func:`quantize_model`.
         observer: likewise.
         notes: for the report.
@@ -56,7 +57,9 @@ def round_model(
     """
     watch = Stopwatch()
     batches: Any = list(calibration) if verify and calibration is not None else calibration
-    if batches is not None and stream is not None:
+    if not _learns_of_batches(model):
+        pass  # of a verification alone, below
+    elif batches is not None and stream is not None:
         blocks = find_blocks(model, dict(qat_layers(model)))
         with stream.lending([block.module for block in blocks]):
             calibrate(model, batches, forward, across_ranks=across_ranks)
@@ -85,6 +88,11 @@ def round_model(
     attach_ptq_report(result, report)
     observer.finished(report)
     return result
+
+
+def _learns_of_batches(model: nn.Module) -> bool:
+    """Return whether a batch shows anything: a range, or which BatchNorm follows a layer."""
+    return bool(static_quantizers(model)) or any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 @torch.no_grad()

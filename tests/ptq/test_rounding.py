@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from ptq_models import built, images
 from torch import distributed as dist
@@ -30,3 +31,16 @@ def test_all_ranks_get_the_same_model(tmp_path: Path) -> None:
     assert any(name.endswith("input_scale") for name in one)
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(("config", "norm", "runs"), [("nf4", False, 0), ("int8", False, 3), ("nf4", True, 3)])
+def test_batches_are_run_where_something_is_learned_of_them(config: str, norm: bool, runs: int) -> None:
+    layers = [nn.Linear(64, 64), *([nn.BatchNorm1d(64)] if norm else []), nn.Linear(64, 4)]
+    model, seen = nn.Sequential(*layers).eval(), []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    batches = [torch.randn(2, 64) for _ in range(3)]
+    made = lq.quantize_model(model, config, batches, "rtn")
+    assert len(seen) == runs
+    without = lq.quantize_model(model, "nf4")
+    if config == "nf4":
+        assert all(torch.equal(value, without.state_dict()[name]) for name, value in made.state_dict().items())
