@@ -40,6 +40,7 @@ from lightning_qat.transforms.certificate import (
 )
 from lightning_qat.transforms.convert import drop_norm, strip_reparametrization
 from lightning_qat.transforms.prepare import leave_fast_paths
+from lightning_qat.transforms.save_pretrained import refuse_save_pretrained
 from lightning_qat.transforms.saved_split import QuantizedFileError, split_as_saved, split_layers_saved
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -324,6 +325,7 @@ def load_quantized(path: str | os.PathLike[str], model: ModelT) -> ModelT:
     model.load_state_dict(tensors | manifest["extra_state"], strict=True, assign=assign)
     leave_fast_paths(model)
     keep_codes_inside(model, QuantizedConv2d, (QuantizedConv2d, QuantizedLinear))
+    refuse_save_pretrained(model)
     model.to(device).eval()
     if report is not None:
         attach_report(model, report)

@@ -33,6 +33,7 @@ from lightning_qat.schemes import TensorFormat, get_scheme
 from lightning_qat.transforms.certificate import inherit_fit_report
 from lightning_qat.transforms.fuse import trace_folds
 from lightning_qat.transforms.prepare import _PLAN, copy_model, leave_fast_paths, qat_layers
+from lightning_qat.transforms.save_pretrained import refuse_save_pretrained
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -241,6 +242,7 @@ def finish_conversion(model: nn.Module) -> None:
     model.__dict__.pop(_PLAN, None)
     leave_fast_paths(model)
     keep_codes_inside(model, QuantizedConv2d, (QuantizedConv2d, QuantizedLinear))
+    refuse_save_pretrained(model)
     model.eval()
 
 
