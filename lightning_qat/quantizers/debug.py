@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,10 +46,10 @@ class QuantizationEvent:
     layer: str
     tensor: str
     format: TensorFormat
-    scale: Tensor
-    zero_point: Tensor | None
-    before: Tensor
-    after: Tensor
+    scale: Tensor = field(repr=False)
+    zero_point: Tensor | None = field(repr=False)
+    before: Tensor = field(repr=False)
+    after: Tensor = field(repr=False)
     call: int
 
     @property

@@ -35,6 +35,8 @@ def test_every_quantizer_is_seen_once_a_forward() -> None:
     assert torch.equal(events[1].after, model[0].quantized_weight())
     noise = (model[0].weight - model[0].quantized_weight()).double().square().sum()
     assert events[1].sqnr_db == pytest.approx(float(10 * torch.log10(model[0].weight.double().square().sum() / noise)))
+    assert "tensor(" not in repr(events[1])  # a line to print, not the weights
+    assert "layer='0'" in repr(events[1])
     model(x)
     assert len(events) == 4
 
