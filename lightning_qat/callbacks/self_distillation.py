@@ -67,7 +67,8 @@ class SelfDistillation(pl.Callback):
 
     Raises:
         ValueError: for settings that are not allowed; in training for names that the module does not have, for
-            outputs without such a part, and with DeepSpeed, which scales losses itself.
+            outputs without such a part, where ``task_weight`` is 0 and nothing is distilled, and with DeepSpeed, which
+            scales losses itself.
     """
 
     def __init__(
@@ -226,10 +227,13 @@ class SelfDistillation(pl.Callback):
         elif not self._warned and self._quantized:
             self._warned = True
             names = ", ".join(repr(name) for name in self.layers if name) or "the LightningModule"
-            rank_zero_warn(
+            told = (
                 f"SelfDistillation: training_step called no forward of {names}, so nothing is distilled; name the "
                 "module that it calls, such as layers='model'"
             )
+            if self.task_weight == 0 and outputs:  # a loss: what was to be left out would be all that trains
+                raise ValueError(f"{told}. With task_weight=0 the task's own loss would train instead")
+            rank_zero_warn(told)
         self._losses.clear()
 
     def _remove(self, module: pl.LightningModule) -> None:

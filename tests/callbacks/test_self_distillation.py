@@ -308,6 +308,8 @@ def test_faults_are_told(tmp_path):
         fit(tmp_path, Wrapped("tuple"), ours(layers="net"))
     with pytest.warns(UserWarning, match=r"called no forward of the LightningModule.*layers='model'"):
         fit(tmp_path, Wrapped(), ours())
+    with pytest.raises(ValueError, match=r"called no forward.*With task_weight=0 the task's own loss would train"):
+        fit(tmp_path, Wrapped(), ours(task_weight=0.0))
 
 
 class Checkpointed(Classifier):
