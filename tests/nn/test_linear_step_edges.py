@@ -140,3 +140,23 @@ def test_memory_of_another_sign_is_read_as_its_values():
     assert x.is_neg()
     expected = model.train()(torch.tensor([[-0.5]]))
     assert torch.equal(model(x.requires_grad_()), expected)
+
+
+@pytest.mark.parametrize("to", [0.0, 1.0])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_what_is_learned_may_move_before_the_backward_pass(to, per_channel):
+    """As where one model steps between the passes of another; at the grid's ends a zero point has one way to go."""
+    config = lq.QATConfig(
+        "int4", activation_bits=4, symmetric=False, per_channel=per_channel, group_size=None, learnable_step_size=True
+    )
+    models = []
+
+    @contextlib.contextmanager
+    def moved():
+        with torch.no_grad():
+            for name, parameter in models[-1].named_parameters():
+                if name.endswith(("exponent", "offset")):
+                    parameter.fill_(to)
+        yield
+
+    assert differing(step(config, change=models.append, around=moved), step(config)) == []

@@ -87,3 +87,13 @@ def test_gradient_is_that_of_fake_quantize():
     lq.fake_quantize(x, scale).backward(grad)
     assert torch.equal(mine, x.grad)
     assert 0 < int((mine == 0).sum()) < mine.numel()
+
+
+def test_between_batches_there_is_nothing_to_save():
+    model = lq.prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "int8").train()
+    defer_ranges(model, True)
+    for _ in range(2):
+        model(randn(3, 4))
+        assert all(layer.input_quantizer.batch_range.state() is not None for layer in model)
+        update_ranges(model)
+        assert all(layer.input_quantizer.batch_range.state() is None for layer in model)
