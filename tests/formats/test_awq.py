@@ -155,3 +155,13 @@ def test_an_encoder(gptqmodel, eager, tmp_path: Path) -> None:
         assert difference(theirs(IDS).last_hidden_state, model(IDS).last_hidden_state) < 3e-2
     with pytest.raises(ValueError, match="layer 'pooler.dense' is the last of all"):
         lq.export(quantized_bert(CONFIGS["groups"], pooler=True), tmp_path / "other", "awq")
+
+
+def test_layers_that_a_class_holds_in_float32_are_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=64, d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2)
+    base = lq.QATConfig("int4", group_size=32, symmetric=False, activation_bits=None)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    quantized = lq.quantize_model(model, lq.QuantizationPlan([lq.LayerRule("lm_head")], base=base))
+    with pytest.raises(ValueError, match=r"DenseReluDense.wo' is of those that T5F.* in float32 \('wo'\)"):
+        lq.export(quantized, tmp_path / "file", "awq")
