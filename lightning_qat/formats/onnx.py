@@ -17,11 +17,13 @@ import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from lightning_qat.formats.onnx_file import finished, pin
 from lightning_qat.formats.traceable import make_traceable
@@ -67,6 +69,7 @@ def write_onnx(model: nn.Module, path: Path, example: Any) -> Path:
         if isinstance(module, QuantizedLayer):
             make_traceable(name, module)
     program = _trace(traced, example)
+    _name_outputs(program)
     proto = finished(program)
     _say_what_is_fixed(pin(proto, _fixed(program.exported_program)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +109,25 @@ def _free(value: Any) -> Any:
         return None
     count = 1 if value.is_floating_point() else 2
     return dict.fromkeys(range(min(count, value.dim())), torch.export.Dim.AUTO)
+
+
+def _name_outputs(program: Any) -> None:
+    """Give the outputs of a model that returns a dict, as those of transformers do, its keys as names.
+
+    ``key.0``, ``key.1``, ... where a key holds several.
+    """
+    spec, values = program.exported_program.module_call_graph[0].signature.out_spec, program.model.graph.outputs
+    made = tree_unflatten(list(range(spec.num_leaves)), spec)
+    if not isinstance(made, Mapping) or len(values) != spec.num_leaves:
+        return
+    taken = {value.name for node in program.model.graph for value in node.outputs} | {v.name for v in values}
+    taken |= {value.name for value in program.model.graph.inputs} | set(program.model.graph.initializers)
+    for key, part in made.items():
+        places = tree_leaves(part)
+        for i, place in enumerate(places):
+            name = str(key) if isinstance(part, int) else f"{key}.{i}"
+            if name not in taken and values[place].producer() is not None:  # an input that comes out has its own
+                values[place].name = name
 
 
 def _fixed(exported: Any) -> dict[str, int]:

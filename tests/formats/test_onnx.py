@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from onnx_files import converted, onnx, reference, run
+from onnx_files import converted, onnx, ort, reference, run
 from torch import Tensor, nn
 
 import lightning_qat as lq
@@ -149,6 +149,7 @@ def test_a_llama_of_transformers_whose_config_asks_for_a_cache(tmp_path: Path) -
     found, _ = run(tmp_path / "model.onnx", ids)
     with torch.no_grad():
         expected = model(ids)
+    assert onnx.load(tmp_path / "model.onnx").graph.output[0].name == "logits"
     assert expected.past_key_values is not None  # the model's own config is as it was
     assert float((found - expected.logits).abs().max()) < 5e-2
 
@@ -210,3 +211,27 @@ def test_a_size_that_the_code_made_a_number_is_one_in_the_file_and_said(
     x = x if by_len else torch.randn(5, 3, 6)
     found, _ = run(path, x)
     assert float((found - reference(model, x)).abs().max()) < 1e-5
+
+
+class Detector(nn.Module):
+    """Returns a dict: a tensor, several under one key, one twice, one as it came in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes, self.scores = nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        scores = self.scores(x)
+        return {"boxes": self.boxes(x), "levels": (scores + 1, scores + 2), "twice": scores, "again": scores, "same": x}
+
+
+def test_outputs_have_the_names_of_a_dict(tmp_path: Path) -> None:
+    model, x = converted(Detector(), "int8_dynamic"), torch.randn(3, 8)
+    lq.export(model, tmp_path / "m.onnx", format="onnx", example=x)
+    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    assert names == ["boxes", "levels.0", "levels.1", "twice", "again", "same"]
+    found = session.run(["levels.1", "boxes", "levels.0"], {session.get_inputs()[0].name: x.numpy()})
+    expected = model(x)
+    for one, other in zip(found, (expected["levels"][1], expected["boxes"], expected["levels"][0]), strict=True):
+        torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-4, atol=1e-4)
