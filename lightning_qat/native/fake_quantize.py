@@ -121,9 +121,9 @@ def learned_sums(
         exponents: gets what ``scale_gradients.exponent_gradient`` makes of the first column, float32; of one outer.
     """
     function, grid = _find("learn", x), _parameters(scale, zero_point)
-    if function is None or grid is None:
-        return None
     outer, channels, inner = layout
+    if function is None or grid is None or (exponents is not None and outer != 1):
+        return None
     pieces = outer * channels if outer * channels > 1 else -(-inner // _PIECE)
     sums = torch.empty(pieces, 2, dtype=torch.float64, device="cpu")
     addresses = grad.data_ptr(), x.data_ptr(), *(0 if t is None else t.data_ptr() for t in (out, values))

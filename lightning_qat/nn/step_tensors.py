@@ -128,8 +128,10 @@ class StepTensor:
         exponents = torch.empty(scale.shape, dtype=torch.float32, device="cpu") if offset is None else None
         how: Any = {"values": values, "factor": self.factor, "exponents": exponents}
         sums = native.learned_sums(grad, x, to, *grid, **how)
-        if sums is None or exponents is not None:
-            return None if sums is None or exponents is None else (exponents, None)
+        if sums is None:
+            return None
+        if exponents is not None:
+            return exponents, None
         of_scale, of_zero = sums.to(torch.float32).unbind(1)
         return parameter_gradients(of_scale, of_zero, scale, offset, self.factor, grid[4] - grid[3])
 

@@ -29,7 +29,11 @@ def scale_of(exponent: Tensor) -> Tensor:
     """Return the scales, float32, that ``exponent`` stands for; the same bits on every device."""
     exponent = exponent.detach()
     made = scale_where_right(exponent, exponent.shape) if takes_pieces(exponent) else None
-    return ((exponent * _MANTISSA).to(torch.int32) + _ONE).view(torch.float32) if made is None else made
+    return _by_operations(exponent) if made is None else made
+
+
+def _by_operations(exponent: Tensor) -> Tensor:
+    return ((exponent.to(torch.float32) * _MANTISSA).to(torch.int32) + _ONE).view(torch.float32)
 
 
 def scale_where_right(exponent: Tensor, shape: tuple[int, ...]) -> Tensor | None:
@@ -46,7 +50,7 @@ def scale_where_right(exponent: Tensor, shape: tuple[int, ...]) -> Tensor | None
         low, high = exponent.aminmax()
         if not (low.item() >= LEAST and high.item() <= MOST):
             return None
-    return ((exponent * _MANTISSA).to(torch.int32) + _ONE).view(torch.float32).view(shape)
+    return _by_operations(exponent).view(shape)
 
 
 def exponent_of(scale: Tensor) -> Tensor:

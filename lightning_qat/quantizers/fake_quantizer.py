@@ -65,7 +65,7 @@ class FakeQuantizer(QuantizationState):
                 learned = LearnedScale(scale_shape, symmetric=fmt.symmetric, name=whose)
             else:
                 learned = self._clipping(config.pact_decay, fmt, whose)
-            self._modules["learned"] = learned
+            self._modules["learned"] = learned  # ``register_module`` takes no name that the class has
             return
         # Not by ``register_buffer``, which takes no name that the class has.
         self._buffers["scale"] = torch.ones(scale_shape, dtype=torch.float32)
@@ -128,7 +128,7 @@ class FakeQuantizer(QuantizationState):
         self.quantizing = bool(state["quantizing"])
         self.frozen = bool(state["frozen"])
 
-    def _parameters_now(self) -> tuple[Tensor, Tensor]:
+    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         return (self.scale, self.zero_point) if self.learned is None else self.learned.parameters_now(self.bits)
 
     def _unchanging(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,6 +260,7 @@ class ActivationQuantizer(FakeQuantizer):
         """Change the bits and derive the scale from the observed range again."""
         if bits == self.bits:
             return
+        self.scheme.check_bits(bits, self._format)  # before anything moves
         learned, observer = self.learned, self.observer
         if learned is not None and observer is not None and self.calibrated:
             # What was learned stays: the scale moves as that of least error does from the old bits to the new.
@@ -281,7 +282,7 @@ class ActivationQuantizer(FakeQuantizer):
         else:
             scale, zero_point = observer.get_quantization_params(self._format.symmetric, self._format.bits)
         self._store(scale, zero_point)
-        return (scale, zero_point) if self.learned is None else self._parameters_now()
+        return (scale, zero_point) if self.learned is None else self._scale_and_zero()
 
     def gradient_factor(self, x: Tensor) -> float:
         return gradient_factor(x, 1, self._format, samples=True)
@@ -353,7 +354,7 @@ class ActivationQuantizer(FakeQuantizer):
                 f"the input of layer {self.name!r} was never observed, so it has no range to quantize with; "
                 "run calibrate(model, batches) or train before evaluating"
             )
-        scale, zero_point = self._parameters_now() if fresh is None else fresh
+        scale, zero_point = self._scale_and_zero() if fresh is None else fresh
         if fmt.dynamic and x.numel():
             scale, zero_point, fmt = dynamic_parameters(x, fmt, self.spatial_dims)
         return *self._unchanging(scale, zero_point), fmt

@@ -121,7 +121,7 @@ class WeightQuantizer(FakeQuantizer):
             if not self.learned.ready and not self.quantizing:
                 return self._derive(weight)  # what it would begin with
             self.begin_learning(weight)
-            return self._parameters_now()
+            return self._scale_and_zero()
         return (self.scale, self.zero_point) if self.frozen else self._derive(weight)
 
     def begin_learning(self, weight: Tensor) -> None:

@@ -53,10 +53,10 @@ def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Module]:
     """
     # This is done twice for each batch: what a module holds already is not set again, which takes longer than to look.
     bits = (phase.weight_bits, phase.activation_bits, phase.weight_bits_of or None, phase.activation_bits_of or None)
-    sets_bits = any(each is not None for each in bits)
+    any_bits = any(each is not None for each in bits)
     for name, layer in qat_layers(model):
         weight, activation = layer.weight_quantizer, layer.input_quantizer
-        if sets_bits:
+        if any_bits:
             _set_bits(name, layer, phase)
         if weight.quantizing != phase.quantizing:
             weight.quantizing = phase.quantizing

@@ -58,7 +58,7 @@ def update_ranges(model: nn.Module, *, across_ranks: bool = False) -> None:
     by_device: dict[torch.device, list[ActivationQuantizer]] = {}
     for quantizer in static_quantizers(model):
         if quantizer.learns_after_batch:
-            by_device.setdefault(quantizer.scale.device, []).append(quantizer)
+            by_device.setdefault(quantizer.batch_range.low.device, []).append(quantizer)
     for quantizers in by_device.values():
         take_in_batch(quantizers, across_ranks=across_ranks)
 

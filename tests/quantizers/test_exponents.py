@@ -76,3 +76,16 @@ def test_one_zero_point_is_that_of_operations(offset, bits):
 def test_a_zero_point_that_is_none_is_told(wrong):
     assert zero_point_where_right(torch.tensor([wrong]), 8, ()) is None
     assert zero_point_where_right(torch.tensor([0.5, wrong]), 8, (2,)) is None
+
+
+def test_exponents_of_another_dtype_are_read_in_float32():
+    """``load_state_dict(assign=True)`` may leave such: 2**23 is not a float16."""
+    exponents = torch.tensor([-5.5, 1.25, 2.0])
+    found = scale_where_right(exponents.half(), (3,))
+    assert torch.equal(found, scale_where_right(exponents, (3,)))
+
+
+def test_exponents_are_asked_for_of_one_outer_dimension_only():
+    x, out = torch.randn(2, 3, 4), torch.empty(3)
+    grid = (2, 3, 4), torch.ones(3), None, -8, 7
+    assert native.learned_sums(x, x, None, *grid, factor=1.0, exponents=out) is None

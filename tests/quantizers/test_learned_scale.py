@@ -372,3 +372,14 @@ def test_every_batch_of_a_calibration_is_observed_in_float():
     assert (observer.min_val.item(), observer.max_val.item()) == (-3.0, 5.0)
     for batch, output in zip(batches, seen, strict=True):
         assert torch.equal(output, nn.functional.linear(batch, model[0].weight, model[0].bias))
+
+
+def test_bits_that_are_refused_move_no_learned_scale():
+    model = lq.prepare(nn.Sequential(nn.Linear(4, 3)), w4a4())
+    lq.calibrate(model, [torch.randn(8, 4)])
+    quantizer = model[0].input_quantizer
+    before = quantizer.scale
+    with pytest.raises(ValueError, match="bits=40"):
+        quantizer.set_bits(40)
+    assert torch.equal(quantizer.scale, before)
+    assert not quantizer.learned.renewed
