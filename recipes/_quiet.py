@@ -19,6 +19,9 @@ _NOTICES = (
     "lightning.pytorch.trainer.connectors.checkpoint_connector",  # speaks of `weights_only` where nothing is loaded
 )
 
+#: Which tell each step of an export: only their warnings are shown.
+_CHATTY = ("onnx_ir", "onnxscript")
+
 
 class _EachOnce(logging.Filter):
     """Lets each notice through once: a recipe has four Trainers on the same devices. Advertisements never."""
@@ -41,6 +44,9 @@ def quiet() -> Iterator[None]:
     each_once = _EachOnce()
     for notice in notices:
         notice.addFilter(each_once)
+    chatty = {logger: logger.level for logger in map(logging.getLogger, _CHATTY)}
+    for logger in chatty:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             for message in _MEANINGLESS:
@@ -49,3 +55,5 @@ def quiet() -> Iterator[None]:
     finally:
         for notice in notices:
             notice.removeFilter(each_once)
+        for logger, level in chatty.items():
+            logger.setLevel(level)
