@@ -26,10 +26,12 @@ def average_unsharded(module: nn.Module, optimizer: Optimizer, *, leads: bool) -
     if not (leads and dist.is_available() and dist.is_initialized()):
         return
     mesh = next((p.device_mesh for p in module.parameters() if is_sharded(p)), None)  # type: ignore[attr-defined]
+    if mesh is None:  # DDP and others average what they find
+        return
     stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
     scales = [p for scale in learned_scales(module) for p in scale.parameters()]
     scales = [p for p in scales if id(p) in stepping and not is_sharded(p)]
-    if mesh is None or not scales:
+    if not scales:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in scales]
     known = gradients[0].new_tensor([p.grad is not None for p in scales], dtype=torch.float32)
@@ -37,6 +39,8 @@ def average_unsharded(module: nn.Module, optimizer: Optimizer, *, leads: bool) -
     for dim in range(mesh.ndim):
         dist.all_reduce(flat, group=mesh.get_group(dim))
     known, *averages = flat.split([len(scales), *(p.numel() for p in scales)])
-    for parameter, seen, average in zip(scales, known.tolist(), averages, strict=True):
-        if seen:  # by a rank; a gradient of 0 would let momentum go on
+    all_here = all(p.grad is not None for p in scales)  # mostly; then nothing waits for the device
+    seen_by_a_rank = [1.0] * len(scales) if all_here else known.tolist()
+    for parameter, seen, average in zip(scales, seen_by_a_rank, averages, strict=True):
+        if seen:  # a gradient of 0 would let momentum go on
             parameter.grad = (average / mesh.size()).reshape(parameter.shape).to(parameter.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -57,19 +58,8 @@ def round_model(
     """
     watch = Stopwatch()
     batches: Any = list(calibration) if verify and calibration is not None else calibration
-    if not _learns_of_batches(model):
-        pass  # of a verification alone, below
-    elif batches is not None and stream is not None:
-        blocks = find_blocks(model, dict(qat_layers(model)))
-        with stream.lending([block.module for block in blocks]):
-            calibrate(model, batches, forward, across_ranks=across_ranks)
-    elif batches is not None:
-        calibrate(model, batches, forward, across_ranks=across_ranks)
-    elif waiting := [q for q in static_quantizers(model) if not q.calibrated]:
-        raise ValueError(
-            f"the inputs of {len(waiting)} layers, such as {waiting[0].name!r}, need calibrated ranges; give "
-            "calibration=batches, or a config without them, such as 'int8_dynamic' or 'int8_weight_only'"
-        )
+    if _learns_of_batches(model):
+        _learn_of(batches, model, forward, across_ranks, stream)
     outcomes: list[LayerOutcome] = []
 
     def done(name: str, layer: QATLayer) -> None:
@@ -88,6 +78,25 @@ def round_model(
     attach_ptq_report(result, report)
     observer.finished(report)
     return result
+
+
+def _learn_of(
+    batches: Any,
+    model: nn.Module,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    across_ranks: bool,
+    stream: WeightStream | None,
+) -> None:
+    """Find ranges and what follows a layer; without batches the ranges have to be there."""
+    if batches is not None:
+        blocks = [] if stream is None else find_blocks(model, dict(qat_layers(model)))
+        with contextlib.nullcontext() if stream is None else stream.lending([block.module for block in blocks]):
+            calibrate(model, batches, forward, across_ranks=across_ranks)
+    elif waiting := [q for q in static_quantizers(model) if not q.calibrated]:
+        raise ValueError(
+            f"the inputs of {len(waiting)} layers, such as {waiting[0].name!r}, need calibrated ranges; give "
+            "calibration=batches, or a config without them, such as 'int8_dynamic' or 'int8_weight_only'"
+        )
 
 
 def _learns_of_batches(model: nn.Module) -> bool:
