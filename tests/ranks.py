@@ -241,7 +241,8 @@ def learned_fsdp(folder, world, rank):
     """``configure_model`` shards before there are scales, which FSDP2 then leaves alone."""
     strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=False)
     config = lq.QATConfig("int8", per_channel=True, learnable_step_size=True)
-    callbacks = [lq.QuantizationAwareTraining(config, calibration_batches=2, certify=False), lq.LearnedScales(lr=1e-2)]
+    learned = lq.LearnedScales(lr=0.03, clip=None)  # with which a gradient twice as large shows
+    callbacks = [lq.QuantizationAwareTraining(config, calibration_batches=2, certify=False), learned]
     return fit(folder, world, rank, Sharded(), callbacks, strategy, accumulate_grad_batches=2)[0]
 
 
