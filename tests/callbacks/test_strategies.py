@@ -13,6 +13,9 @@ pytestmark = pytest.mark.slow
 
 #: Of runs with BatchNorm: a bias before one has no gradient but rounding, and steps add it up.
 NOISE = 5e-6
+#: The gradient of an input's scale adds up rounding errors, of at most half a step; the input is up to 255 steps, so
+#: the last bit of an input (2^-24) is 3e-5 of its rounding error. Which inputs differ in it depends on the CPU.
+OF_ROUNDING_ERRORS = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,12 @@ def assert_same_bits(one, other):
         assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
 
 
-def assert_rounding_apart(two, one, atol=1e-6):
+def assert_rounding_apart(two, one, atol=1e-6, of_input_scales=1e-5):
     """Gradients summed over ranks are rounded otherwise; that is all that may differ: scales by an ulp or two."""
     for key, value in two.items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(value, one[key], rtol=1e-5, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+            rtol = of_input_scales if key.endswith("input_quantizer.learned.exponent") else 1e-5
+            torch.testing.assert_close(value, one[key], rtol=rtol, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
         else:
             assert value == one[key], key
 
@@ -163,9 +167,10 @@ def assert_normed_as_one_rank(first, second, alone):
     for i, both in enumerate(alone["outputs"]):
         for rank, mine in enumerate((first, second)):
             torch.testing.assert_close(mine["outputs"][i], both[rank::2], rtol=1e-5, atol=NOISE)
-    for name in ("steps", "gradients"):
-        for mine, theirs in zip(first[name], alone[name], strict=True):
-            assert_rounding_apart(mine, theirs, NOISE)
+    for mine, theirs in zip(first["steps"], alone["steps"], strict=True):
+        assert_rounding_apart(mine, theirs, NOISE)
+    for mine, theirs in zip(first["gradients"], alone["gradients"], strict=True):
+        assert_rounding_apart(mine, theirs, NOISE, OF_ROUNDING_ERRORS)
     assert_rounding_apart(first["state"], alone["state"], NOISE)
 
 

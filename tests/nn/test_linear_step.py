@@ -105,7 +105,10 @@ def test_learned_scales_are_those_of_pytorch_alone_up_to_the_order_of_sums(name)
         expected = train(CONFIGS[name], Phase())
     for key, value in expected.items():
         if value is not None and "extra" not in key:
-            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)
+            # Sums of rounding errors, of half a step at most, which may cancel; the values are up to 127 steps, so
+            # their last bit (2^-24) is 1.5e-5 of such an error, and how a product or a quotient rounds shows.
+            atol = max(1e-5, 3e-5 * value.abs().max().item()) if key.endswith("exponent gradient") else 1e-5
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_gradients_are_those_of_float_training_where_nothing_is_rounded():

@@ -99,7 +99,7 @@ def test_models_of_all_kinds(kind, tmp_path) -> None:
 
 
 def test_the_ways_to_the_result_are_one() -> None:
-    # BatchNorm is folded and activations have ranges: blocks packed one by one would know neither.
+    # BatchNorm is folded and activations have ranges.
     model, batches = built(MobileNet), images()
     made = lq.quantize_model(model, "int8", batches, "gptq")
     prepared = lq.quantize_model(model, "int8", batches, "gptq", convert=False)
@@ -113,8 +113,13 @@ def test_the_ways_to_the_result_are_one() -> None:
     weight_only = lq.QATConfig("int8", bits=6, per_channel=True, activation_bits=None)
     packed = lq.quantize_model(model, weight_only, batches, "gptq")  # layers packed block by block
     late = lq.quantize_model(model, weight_only, batches, "gptq", verify=True)
-    assert torch.equal(packed(x), late(x))
+    # What follows a packed block reads sums that the fold into its scales has rounded otherwise.
+    torch.testing.assert_close(packed(x), late(x), rtol=1e-5, atol=1e-6)
     assert packed.features[0][1].__class__.__name__ == "FoldedBatchNorm"
+    model, batches = built(Llama), tokens()  # and where nothing is folded
+    packed = lq.quantize_model(model, weight_only, batches, "gptq")
+    late = lq.quantize_model(model, weight_only, batches, "gptq", verify=True)
+    assert torch.equal(_call(packed, batches[0]), _call(late, batches[0]))
 
 
 def test_rules_mix_bits_and_leave_layers_in_float() -> None:
