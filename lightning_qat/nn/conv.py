@@ -11,6 +11,7 @@ from lightning_qat.config import PlanLike
 from lightning_qat.nn.conv_kernel import ConvKernel, conv_geometry
 from lightning_qat.nn.execution import takes_integers
 from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
+from lightning_qat.nn.packed_weight import multiplied_by_weight
 from lightning_qat.nn.region import RegionTensor, inside_region, settled
 from lightning_qat.nn.single import init_from
 from lightning_qat.ops.integer_conv import conv_is_exact
@@ -39,7 +40,8 @@ class _QuantizedConv(QuantizedLayer):
         input = settled(input)
         kernel = self._kernel(input)
         if kernel is None:
-            return self._conv_forward(self.quantized_input(input), self.weight, self.bias)  # type: ignore[operator]
+            x, convolve = self.quantized_input(input), self._conv_forward
+            return multiplied_by_weight(self, x, lambda weight: convolve(x, weight, self.bias))  # type: ignore[operator]
         bias: Any = self.bias
         if inside_region() and kernel.answers_region(input):
             return kernel.pending(input, bias, one_reader=self.feeds_one_layer)
@@ -151,7 +153,8 @@ class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     spatial_dims = 2
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _transposed(self, self.quantized_input(input), self.weight, output_size)
+        x = self.quantized_input(input)
+        return multiplied_by_weight(self, x, lambda weight: _transposed(self, x, weight, output_size))
 
 
 register_layer(QATConv1d, QuantizedConv1d)

@@ -42,7 +42,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         rows, features = self.weight_shape
         fmt, packed = self.weight_format, self.weight_packed
         if not rows or (features * fmt.bits % 8 and packed.numel() != rows * features):
-            return F.embedding(input, self.weight)  # rows that do not end on a byte
+            return F.embedding(input, self.weight_in(self.weight_dtype))  # rows that do not end on a byte
         index = input.reshape(-1)
         scheme = get_scheme(fmt.scheme)
         codes = scheme.unpack(packed.reshape(rows, -1)[index].reshape(-1), torch.Size((index.numel(), features)), fmt)

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from lightning_qat.config import QuantizationConfig
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.execution import KernelCache, reference_reason
+from lightning_qat.nn.packed_weight import float_weight, with_float_weight
 from lightning_qat.nn.recompute import LayerFunction, fake_quantize_again, made_again_in_backward
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, dynamic_parameters
 from lightning_qat.quantizers.input_arrangement import ARRANGEMENT, arranged
@@ -159,12 +160,12 @@ class QuantizedLayer(_Adopting, KeepsDtype):
         stored = {name.removeprefix(start): t for name, t in self._buffers.items() if name.startswith(start)}
         return get_scheme(self.weight_format.scheme).read_scale(stored, self.weight_format)  # type: ignore[arg-type]
 
-    def _dequantized_weight(self) -> Tensor:
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight that the codes stand for, computed in every call: no float copy is kept."""
         held = (self.weight_packed, self.scale, self.weight_zero_point, self.weight_shape, self.weight_format)
-        return get_scheme(self.weight_format.scheme).dequantize_packed(*held, self.weight_dtype)
+        return get_scheme(self.weight_format.scheme).dequantize_packed(*held, dtype)
 
-    #: The weight that the codes stand for, computed at every access: no float copy is kept.
-    weight: Any = property(_dequantized_weight)
+    weight: Any = property(float_weight)
 
     def arranged_input(self, x: Tensor) -> Tensor:
         """Return ``x`` as the columns of the weight multiply it, in float."""
@@ -217,7 +218,15 @@ class _QuantizedOwnForward(QuantizedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _replace_input(self.quantized_input, args, kwargs)
-        return super().forward(*args, **kwargs)
+        forward = super().forward
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+
+        def with_weight(weight: Tensor) -> Any:
+            with _weight_replaced(self, weight):
+                return forward(*args, **kwargs)
+
+        return with_float_weight(self, (*args, *kwargs.values()), with_weight)
 
 
 def _replace_input(

@@ -17,6 +17,7 @@ from lightning_qat.nn.execution import IntegerKernel, reference_reason, static_i
 from lightning_qat.nn.layer import QATLayer, QuantizedLayer, register_layer
 from lightning_qat.nn.linear_step import linear_in_one_step
 from lightning_qat.nn.native_linear import FewTokens, native_kernel, native_weight_only
+from lightning_qat.nn.packed_weight import multiplied_by_weight
 from lightning_qat.nn.region import RegionTensor, settled
 from lightning_qat.nn.single import init_from
 from lightning_qat.nn.triton_linear import linear_by_ops, takes_ops, takes_triton, triton_execution, triton_kernel
@@ -86,7 +87,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         input, fmt = self.on_grid(input), self.weight_format
         scheme = get_scheme(fmt.scheme)
         if type(scheme).linear is Scheme.linear or input.dtype != self.weight_dtype:
-            return F.linear(input, self.weight, self.bias)
+            return multiplied_by_weight(self, input, lambda weight: F.linear(input, weight, self.bias))
         held = (self.weight_packed, self.scale, self.weight_zero_point, self.weight_shape, fmt)
         return scheme.linear(input, *held, self.bias)
 

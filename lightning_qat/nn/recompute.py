@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from lightning_qat.schemes import TensorFormat
 
 if TYPE_CHECKING:
     from typing import TypeGuard
+
+
+class MakesAgain(Protocol):
+    """Makes a tensor again in the backward pass."""
+
+    def make(self, saved: tuple[Any, ...]) -> Tensor:
+        """Return the part of the tensor that has this size, stride and offset."""
 
 
 class _Again:
@@ -116,28 +123,41 @@ def fake_quantize_again(quantizer: FakeQuantizer | None, source: Tensor) -> tupl
     return quantized, again
 
 
-def made_again_in_backward(*made: tuple[Tensor, _Again | None]) -> AbstractContextManager[Any]:
+def made_again_in_backward(
+    *made: tuple[Tensor, MakesAgain | None], over_others: bool = False
+) -> AbstractContextManager[Any]:
     """Let an operation inside keep, for its backward pass, how to make the tensors instead of the tensors.
 
-    Other hooks on saved tensors (activation checkpointing, offloading) keep their say, and compiled graphs
-    choose themselves what to compute again.
+    Compiled graphs choose themselves what to compute again.
+
+    Args:
+        made: tensors, and what makes each of them again; None is for one that is kept as it is.
+        over_others: other hooks on saved tensors (activation checkpointing, offloading) get the other tensors; else,
+            where there are some, they get all.
     """
     # Facts of the tensors, not the tensors: autograd keeps the hook, and with it all that it refers to.
     known = {t.data_ptr(): (t.numel(), t.storage_offset(), again) for t, again in made if again is not None}
-    if not known or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if not known:
+        return nullcontext()
+    others = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if others is not None and not over_others:
         return nullcontext()
 
     def pack(tensor: Tensor) -> Any:
         numel, start, again = known.get(tensor.data_ptr(), (0, 0, None))
-        if not numel or tensor.numel() != numel:
-            return tensor
-        return again, (tensor.size(), tensor.stride(), tensor.storage_offset() - start)
+        if again is not None and numel and tensor.numel() == numel:
+            return again.make, (tensor.size(), tensor.stride(), tensor.storage_offset() - start)
+        return tensor if others is None else (others[1], others[0](tensor))
 
     return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 
 
 def _unpack(kept: Any) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept[0].make(kept[1])
+    if isinstance(kept, Tensor):
+        return kept
+    make, packed = kept
+    made: Tensor = make(packed)
+    return made
 
 
 #: What computes a layer from its input and its weight.

@@ -71,6 +71,9 @@ class QuantizedRecurrentWeight(QuantizedLayer, RecurrentWeight):
     float_class = RecurrentWeight
     quantizes_input = False
 
+    def forward(self) -> Tensor:
+        return self.weight_in(self.weight_dtype)
+
 
 register_layer(QATRecurrentWeight, QuantizedRecurrentWeight)
 

@@ -1,0 +1,141 @@
+"""The float weight of a converted layer, made from its codes: for one product, and again for the backward pass.
+
+What trains through packed weights (low-rank adapters, soft prompts, an input that is searched for) needs the gradient
+of the layer's input, for which a product keeps its weight: all layers together, the float model that packing saved.
+Here only how to make it again is kept, as QLoRA does (Dettmers et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lightning_qat.nn.recompute import has_memory_of_its_own, made_again_in_backward
+
+if TYPE_CHECKING:
+    from lightning_qat.nn.layer import QuantizedLayer
+
+#: What ends like an operation in place and changes no value.
+_CHANGES_NOTHING = ("requires_grad_", "detach_", "share_memory_", "__get__")
+
+
+class ComputedWeight(Tensor):
+    """A converted layer's weight as others read it; what is written to it would be lost, so that raises.
+
+    Results of operations are plain tensors.
+    """
+
+    of_layer: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        first = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
+        written = first if _writes(func) else kwargs.get("out")
+        if isinstance(written, cls):
+            raise RuntimeError(
+                f"the weight of {written.of_layer} is computed from its codes at every access, so what is written to "
+                "it would be lost; merge adapters into the float model and quantize that, or compute with a copy: "
+                "layer.weight.clone()"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = tree_map_only(cls, lambda t: t.as_subclass(Tensor), (args, kwargs))
+            result = func(*args, **kwargs)
+        if isinstance(first, cls) and func in (Tensor.data.__get__, Tensor.detach):  # type: ignore[attr-defined]
+            return _guarded(result, first.of_layer)
+        return result
+
+
+def _writes(func: Any) -> bool:
+    name = func.__name__
+    if name == "__set__":
+        return bool(func == Tensor.data.__set__)  # type: ignore[attr-defined]
+    in_place = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    ends = name.endswith("_") and not name.endswith("__")
+    return (ends or in_place or name == "__setitem__") and name not in _CHANGES_NOTHING
+
+
+def _guarded(weight: Tensor, of_layer: str) -> ComputedWeight:
+    guarded = weight.as_subclass(ComputedWeight)
+    guarded.of_layer = of_layer
+    return guarded
+
+
+def float_weight(layer: QuantizedLayer) -> Tensor:
+    """Return the weight that the codes stand for, in the layer's dtype: that of the call under way, or made anew."""
+    of_call: Tensor | None = layer.__dict__.get("weight")
+    if of_call is not None:
+        return of_call
+    weight = layer.weight_in(layer.weight_dtype)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not has_memory_of_its_own(weight):
+        return weight
+    return _guarded(weight, _words(layer))
+
+
+def _words(layer: QuantizedLayer) -> str:
+    return f"a converted layer ({type(layer).__name__} {tuple(layer.weight_shape)}, {layer.weight_format.scheme})"
+
+
+class _WeightAgain:
+    """Makes the float weight of a layer again, laid out as the part of it that was saved."""
+
+    def __init__(self, layer: QuantizedLayer, dtype: torch.dtype) -> None:
+        self.layer = layer
+        self.dtype = dtype
+        self.state = _state(layer)
+
+    def make(self, saved: tuple[Any, ...]) -> Tensor:
+        if _state(self.layer) != self.state:
+            raise RuntimeError(
+                f"the codes of {_words(self.layer)} were moved or changed between its forward and its backward pass; "
+                "move a model, or load into it, before the forward pass"
+            )
+        with torch.no_grad():
+            return self.layer.weight_in(self.dtype).as_strided(*saved)
+
+
+def _state(layer: QuantizedLayer) -> list[tuple[str, int, int]]:
+    """Return what changes when any of a layer's tensors is changed in place or gets other memory."""
+    held = [(name, tensor) for name, tensor in layer._buffers.items() if tensor is not None]
+    return [(name, t.data_ptr(), -1 if t.is_inference() else t._version) for name, t in held]
+
+
+def with_float_weight(layer: QuantizedLayer, inputs: tuple[Any, ...], function: Callable[[Tensor], Any]) -> Any:
+    """Return ``function`` of the layer's float weight, which is not kept for the backward pass.
+
+    Args:
+        layer: whose weight it is.
+        inputs: what else the layer computes with; the tensors say whether there will be a backward pass.
+        function: what the layer does with the weight.
+    """
+    return _with(layer, inputs, function, layer.weight_dtype)
+
+
+def multiplied_by_weight(layer: QuantizedLayer, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a product of ``x`` and the layer's float weight, as :func:`with_float_weight`.
+
+    Under autocast the weight is made in the dtype that the product is computed in: a copy fewer, the same values.
+
+    Args:
+        layer: whose weight it is.
+        x: the input, as the layer computes with it.
+        product: a linear operation or a convolution, given the weight.
+    """
+    dtype, device = layer.weight_dtype, x.device.type
+    if dtype == torch.float32 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    result: Tensor = _with(layer, (x, layer.bias), product, dtype)
+    return result
+
+
+def _with(layer: QuantizedLayer, inputs: tuple[Any, ...], function: Callable[[Tensor], Any], dtype: torch.dtype) -> Any:
+    weight = layer.weight_in(dtype)
+    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if not backward or torch.compiler.is_compiling() or torch.jit.is_tracing() or not has_memory_of_its_own(weight):
+        return function(weight)
+    with made_again_in_backward((weight, _WeightAgain(layer, dtype)), over_others=True):
+        return function(weight)
