@@ -389,3 +389,11 @@ def keep_codes_inside(model: nn.Module, producers: type[nn.Module], readers: tup
         if module not in inside and len(inside) > 1 and any(isinstance(child, producers) for child in inside):
             module.register_forward_pre_hook(_enter, prepend=True)
             module.register_forward_hook(_leave, prepend=True, always_call=True)
+
+
+def undo_codes_inside(model: nn.Module) -> None:
+    """Undo :func:`keep_codes_inside`."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
+                del hooks[key]

@@ -10,6 +10,7 @@ from lightning_qat.transforms.checkpoint import (
     save_quantized,
 )
 from lightning_qat.transforms.convert import convert
+from lightning_qat.transforms.dequantize import dequantize_model
 from lightning_qat.transforms.dynamic import quantize_dynamic
 from lightning_qat.transforms.float_checkpoint import float_checkpoint
 from lightning_qat.transforms.parity import check_parity
@@ -30,6 +31,7 @@ __all__ = [
     "check_parity",
     "convert",
     "defer_ranges",
+    "dequantize_model",
     "float_checkpoint",
     "float_state_dict",
     "load_quantized",

@@ -271,6 +271,12 @@ def inherit_fit_report(trained: nn.Module, converted: nn.Module) -> None:
         attach_report(converted, report)
 
 
+def forget_reports(model: nn.Module) -> None:
+    """Take the reports off a copy that is another model now."""
+    for kept in (_KEPT, _OF_THE_FIT):
+        model.__dict__.pop(kept, None)
+
+
 def parity_report(converted: nn.Module) -> ParityReport | None:
     """Return the report that a converted model carries, or None."""
     model = getattr(converted, "_orig_mod", converted)

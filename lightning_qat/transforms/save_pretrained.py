@@ -23,3 +23,10 @@ def refuse_save_pretrained(model: nn.Module) -> None:
     for module in model.modules():
         if callable(getattr(type(module), "save_pretrained", None)):
             module.__dict__["save_pretrained"] = _Refusal()
+
+
+def allow_save_pretrained(model: nn.Module) -> None:
+    """Undo :func:`refuse_save_pretrained`: ``model`` is in float."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("save_pretrained"), _Refusal):
+            del module.__dict__["save_pretrained"]
