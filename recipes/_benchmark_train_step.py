@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import profile
 
 from lightning_qat.config import PRESETS, QATConfig
 from lightning_qat.ops.workspace import release_workspace
@@ -29,6 +28,7 @@ from ._benchmark_networks import (
     transformer_network,
 )
 from ._benchmark_peers import silenced, told
+from ._memory import kept_bytes, memory_recorded
 from ._timing import Results, Timing, compared
 
 #: Ranges move in the forward pass; in a Trainer, as in all other rows of ours, after the batch.
@@ -98,11 +98,7 @@ def _step(model: nn.Module, images: Tensor, labels: Tensor, ours: bool) -> Calla
 def _kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """Return the memory that a forward pass leaves allocated for its backward pass."""
     F.cross_entropy(model(images), labels).backward()
-    with profile(profile_memory=True) as recorded:
-        loss = F.cross_entropy(model(images), labels)
-    allocated = sum(event.self_cpu_memory_usage for event in recorded.key_averages())
-    loss.backward()
-    return int(allocated)
+    return kept_bytes(lambda: F.cross_entropy(model(images), labels))
 
 
 def _peak_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
@@ -112,7 +108,7 @@ def _peak_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """
     model.zero_grad()
     release_workspace()  # what layers hold on to is theirs too
-    with profile(profile_memory=True) as recorded:
+    with memory_recorded() as recorded:
         F.cross_entropy(model(images), labels).backward()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

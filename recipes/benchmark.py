@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ._benchmark_adapters import adapters_group
 from ._benchmark_convert import convert_group
 from ._benchmark_fake_quantize import fake_quantize_group
 from ._benchmark_gptq import PEER as GPTQ_PEER
@@ -36,6 +37,7 @@ GROUPS: dict[str, Callable[[Conditions], Results]] = {
     "fake_quantize": fake_quantize_group,
     "convert": convert_group,
     "matmul": matmul_group,
+    "adapters": adapters_group,
     "gptq": gptq_group,
     "train_step": lambda conditions: train_step_group(conditions.rounds),
     "inference": lambda conditions: inference_group(conditions.rounds),
@@ -47,7 +49,7 @@ _ON_CPU = ("train_step", "inference", "onnx")
 _DEVICES = ("auto", "cpu", "cuda")
 
 #: Groups that measure integers in groups of so many columns, which have to divide the side of a tensor.
-_IN_GROUPS, _COLUMNS = ("convert", "matmul", "gptq"), 128
+_IN_GROUPS, _COLUMNS = ("convert", "matmul", "adapters", "gptq"), 128
 
 #: Group -> packages that its peers need.
 _PEERS = {
@@ -55,6 +57,7 @@ _PEERS = {
     "onnx": ONNX_PACKAGES,
     "convert": TENSOR_PACKAGES,
     "matmul": TENSOR_PACKAGES,
+    "adapters": TENSOR_PACKAGES,
     "gptq": (GPTQ_PEER,),
 }
 _PACKAGES = (
