@@ -33,6 +33,7 @@ class LayerParity:
         threshold_db: what it has to reach.
         changed: weights and input ranges that are not the trained layer's own, whatever the outputs say.
         calls: how often the layer was compared.
+        read_by: the function that multiplies the layer's weight without calling the layer; "" for most.
     """
 
     name: str
@@ -40,11 +41,12 @@ class LayerParity:
     threshold_db: float
     changed: int = 0
     calls: int = 1
+    read_by: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether the layer is what trained, as far as it was compared."""
-        return not self.changed and (self.sqnr_db is None or self.sqnr_db >= self.threshold_db)
+        return not (self.changed or self.read_by) and (self.sqnr_db is None or self.sqnr_db >= self.threshold_db)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +208,11 @@ class ParityError(ValueError):
 
 
 def _layer_failure(layer: LayerParity) -> str:
+    if layer.read_by:
+        return (
+            f"the weight of layer {layer.name!r} is read by code that does not call the layer ({layer.read_by}), where "
+            f"it trained in float; leave the layer in float with LayerRule({layer.name!r})"
+        )
     facts = []
     if layer.sqnr_db is not None:
         facts.append(
@@ -234,7 +241,7 @@ def _plain(value: Any) -> Any:
 
 def _numbers(kind: Any, entry: Mapping[str, Any]) -> Any:
     """Return a ``kind`` from ``entry``, whose numbers may be strings."""
-    exact = ("name", "changed", "calls")
+    exact = ("name", "changed", "calls", "read_by")
     return kind(**{key: v if key in exact or v is None else float(v) for key, v in entry.items()})
 
 

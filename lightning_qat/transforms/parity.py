@@ -33,6 +33,7 @@ from lightning_qat.transforms.comparison import OutputSums, PowerSums
 from lightning_qat.transforms.convert import _float_weight, _norm_of
 from lightning_qat.transforms.fuse import trace_folds, undecided_layers
 from lightning_qat.transforms.prepare import copy_model, qat_layers
+from lightning_qat.transforms.weight_reads import watch_weight_reads
 
 #: Same code and scale: a relative 3e-7. Another code of 16 bits: 3e-5 and more.
 _SAME_WEIGHT = 1e-5
@@ -117,6 +118,7 @@ class _Gate:
     def __init__(self, pairs: list[_Pair]) -> None:
         self.pairs = pairs
         self.sums: dict[str, PowerSums] = {}  # in forward order
+        self.read_by: dict[str, str] = {}
         # Outputs that are on their way into the BatchNorm that is folded; holding them keeps their id theirs.
         self._on_the_way: dict[int, tuple[str, Tensor, Any]] = {}
 
@@ -141,7 +143,7 @@ class _Gate:
             self.sums[name].count += 1
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, model: nn.Module) -> Iterator[None]:
         """Compare the layers in the forward of the trained model run inside."""
         norms = {pair.norm for pair in self.pairs if pair.norm is not None}
         handles = [
@@ -152,7 +154,9 @@ class _Gate:
         ]
         handles += [norm.register_forward_hook(self._norm_done, prepend=True, with_kwargs=True) for norm in norms]
         try:
-            yield
+            with watch_weight_reads(model) as found:
+                yield
+            self.read_by |= found
         finally:
             for handle in handles:
                 handle.remove()
@@ -172,6 +176,7 @@ class _Gate:
                 threshold_db=sums.threshold if threshold is None else threshold,
                 changed=changed[name],
                 calls=sums.count,
+                read_by=self.read_by.get(name, ""),
             )
             for name, sums in (self.sums | unreached).items()
         )
@@ -265,7 +270,7 @@ def check_parity(
         stack.enter_context(_evaluating(original, shipped))
         changed = _changed_tensors(original, shipped, pairs)
         for batch in batches:
-            with _random_state_kept(cuda), outputs.recorded(original) as expected, gate.watching():
+            with _random_state_kept(cuda), outputs.recorded(original) as expected, gate.watching(original):
                 result = run(original, batch)
             with _random_state_kept(cuda), outputs.recorded(shipped) as actual:
                 other = run(shipped, batch)
