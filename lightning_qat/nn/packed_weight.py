@@ -126,7 +126,7 @@ def multiplied_by_weight(layer: QuantizedLayer, x: Tensor, product: Callable[[Te
         product: a linear operation or a convolution, given the weight.
     """
     dtype, device = layer.weight_dtype, x.device.type
-    if dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     result: Tensor = _with(layer, (x, layer.bias), product, dtype)
     return result

@@ -146,6 +146,15 @@ def test_autocast_computes_with_the_same_values_and_keeps_no_copy(name, config):
         assert kept == 0
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_shapes_are_worked_out_without_numbers(name):
+    layer, x = built(name, "nf4")
+    with torch.autocast("cpu", torch.bfloat16):  # of another device than theirs
+        found = layer.to("meta")(x.detach().to("meta"))
+    assert found.shape == built(name, "nf4")[0](x).shape
+    assert found.is_meta
+
+
 def test_gradients_of_gradients_and_a_graph_that_is_used_twice():
     layer, x = built("linear", "nf4")
     witness = with_kept_weight(layer)
