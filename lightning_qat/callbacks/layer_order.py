@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_qat.callbacks.calibration_run import call_step, without_effects
 from lightning_qat.nn import QATLayer
 from lightning_qat.nn.computed_weight import weight_now
-from lightning_qat.ptq.bit_allocation import output_tensors
+from lightning_qat.transforms.padding import output_tensors
 from lightning_qat.transforms.prepare import qat_layers
 from lightning_qat.transforms.ranges import static_quantizers
 

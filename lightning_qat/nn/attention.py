@@ -88,7 +88,7 @@ class SharedInput(ActivationQuantizer):
 
     def _phase(self) -> tuple[Any, ...]:
         flags = (self.quantizing, self.observing, self.frozen, self.calibrating, self.deferred, self.training)
-        return self.format, self.calibrated, self.most_samples, *flags
+        return self.format, self.calibrated, self.samples.most, *flags
 
     def follows(self, leader: SharedInput) -> bool:
         """Return whether it has seen what ``leader`` has seen, and would do the same: no tensor is compared."""
@@ -107,7 +107,7 @@ class SharedInput(ActivationQuantizer):
         """Know what ``leader`` has just learned, instead of looking at the same tensor again."""
         for mine, its in zip(self.buffers(), leader.buffers(), strict=True):
             mine.copy_(its)
-        self.calibrated, self._samples = leader.calibrated, leader._samples
+        self.calibrated, self.samples.seen = leader.calibrated, leader.samples.seen
         self.batch_range.low.copy_(leader.batch_range.low)
         self.batch_range.high.copy_(leader.batch_range.high)
         self.batch_range.used = leader.batch_range.used

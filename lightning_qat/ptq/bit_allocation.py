@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_qat.config import LayerRule, PlanLike, QuantizationConfig, QuantizationPlan
 from lightning_qat.nn import QATLayer
 from lightning_qat.ptq.knapsack import choose_one_each
 from lightning_qat.quantizers.fake_quantizer import FakeQuantizer
 from lightning_qat.transforms.calibrate import _call, calibrate
+from lightning_qat.transforms.padding import Padding
 from lightning_qat.transforms.prepare import copy_model, prepare, qat_layers
 
 
@@ -76,19 +76,24 @@ def measure_sensitivity(
     original = getattr(model, "_orig_mod", model)
     # Weights are shared; buffers, which a forward may write, are not.
     replica = prepare(copy_model(original, {id(t): t for t in original.parameters()}), plan).eval()
-    layers, run, kept = dict(qat_layers(replica)), forward or _call, list(batches)
+    layers, kept, padding = dict(qat_layers(replica)), list(batches), Padding(replica, forward or _call)
     calibrate(replica, kept, forward)
     for module in replica.modules():
         if isinstance(module, FakeQuantizer):
             module.quantizing = module.observing = False
+    padding.look_at(kept)
+
+    def outputs_of(batch: Any) -> list[Tensor]:
+        return padding.counted_outputs(padding.run(batch))
+
     noise = {name: dict.fromkeys(candidates, 0.0) for name in layers}
     power = 0.0
     for batch in kept:
-        expected = output_tensors(run(replica, batch))
+        expected = outputs_of(batch)
         power += sum(float(t.double().square().sum()) for t in expected)
         for name, layer in layers.items():
             for value in candidates:
-                noise[name][value] += _noise(layer, value, expected, partial(run, replica, batch))
+                noise[name][value] += _noise(layer, value, expected, partial(outputs_of, batch))
     return [
         LayerSensitivity(
             name,
@@ -101,20 +106,15 @@ def measure_sensitivity(
     ]
 
 
-def _noise(layer: QATLayer, bits: int, expected: list[Tensor], run: Callable[[], Any]) -> float:
+def _noise(layer: QATLayer, bits: int, expected: list[Tensor], run: Callable[[], list[Tensor]]) -> float:
     """Return the power of what quantizing one weight does to the outputs."""
     layer.weight_quantizer.set_bits(bits, layer.weight)
     layer.weight_quantizer.quantizing = True
     try:
-        actual = output_tensors(run())
+        actual = run()
     finally:
         layer.weight_quantizer.quantizing = False
     return sum(float((a.double() - e.double()).square().sum()) for a, e in zip(actual, expected, strict=True))
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors of what a forward returned."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def allocate_bits(sensitivities: Sequence[LayerSensitivity], bits_per_weight: float) -> dict[str, int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_qat.ptq.watch import Reached, Run, run_until_reached
+from lightning_qat.transforms.padding import Padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,12 +227,18 @@ class SegmentRunner:
     Args:
         segment: whose blocks to run.
         runs: run each batch through the whole model; those that never come to the segment are left out.
+        padding: knows that of the batch that runs, here as there.
     """
 
-    def __init__(self, segment: Segment, runs: Iterable[Run]) -> None:
-        self.segment = segment
-        captured = (_captured(segment.blocks[0], segment.specs[0], run) for run in runs)
-        self._first = [leaves for leaves in captured if leaves is not None]
+    def __init__(self, segment: Segment, runs: Iterable[Run], padding: Padding | None = None) -> None:
+        self.segment, self._padding = segment, padding
+        self._first: list[list[Any]] = []
+        self._masks: list[dict[str, Tensor]] = []
+        for run in runs:
+            leaves = _captured(segment.blocks[0], segment.specs[0], run)
+            if leaves is not None:
+                self._first.append(leaves)
+                self._masks.append({} if padding is None else padding.masks)
         kept = {link.index for links in segment.links[1:] for link in links if link.source == "first"}
         self._outputs: list[dict[int, Any]] = [{} for _ in self._first]
         self._kept = kept
@@ -243,6 +250,8 @@ class SegmentRunner:
             yield partial(self._run, batch)
 
     def _run(self, batch: int) -> Any:
+        if self._padding is not None:
+            self._padding.masks = self._masks[batch]
         args, kwargs = tree_unflatten(self._leaves(batch), self.segment.specs[self._at])
         return self.segment.blocks[self._at].module(*args, **kwargs)
 

@@ -35,15 +35,16 @@ from lightning_qat.ptq.watch import (
     Run,
     SharedInput,
     agreed,
-    as_calibrated,
     find_shared_inputs,
     gather_statistics,
     of_every_rank,
     run_until_reached,
 )
 from lightning_qat.transforms.calibrate import _call, calibrating
+from lightning_qat.transforms.calibrated_mode import as_calibrated
 from lightning_qat.transforms.convert import convert_layers
 from lightning_qat.transforms.fuse import decide_no_folding, watch_folds
+from lightning_qat.transforms.padding import Padding
 from lightning_qat.transforms.phase import float_forward
 from lightning_qat.transforms.prepare import qat_layers
 from lightning_qat.transforms.ranges import static_quantizers
@@ -104,7 +105,7 @@ class Engine:
         self.method, self.options, self.way = method, options, METHODS[method]
         self.observer = observer or PTQObserver()
         self.journal = journal
-        self._forward = forward or _call
+        self._padding = Padding(model, forward or _call)
         self._layers: dict[str, QATLayer] = dict(qat_layers(model))
         self._stream = stream
         # Activations that get their ranges from the finished model keep every layer in float until then.
@@ -135,6 +136,7 @@ class Engine:
             self._lending(blocks),
         ):
             self._decide_folds()
+            self._padding.look_at(self.batches, across_ranks=self.options.across_ranks)
             course = watch_course(self.model, self._layers, blocks, self._run_of(self.batches[0]))
             if self.options.order == "one_pass" and course.segments and self.way.scaling is not None:
                 raise ValueError(
@@ -153,7 +155,8 @@ class Engine:
             else:
                 self._quantize_in_turn(course)
         order = self.options.order if course.segments else "one_pass"
-        return PTQReport(self.method, order, tuple(self._outcomes), seconds=self._watch.seconds())
+        notes = self._padding.notes
+        return PTQReport(self.method, order, tuple(self._outcomes), notes, self._watch.seconds())
 
     def _check_same_course(self, course: Course) -> None:
         """Raise ``ValueError`` on all ranks where they would wait for each other in different stages."""
@@ -204,7 +207,7 @@ class Engine:
 
     def _quantize_segment(self, segment: Segment, stages: int) -> None:
         self._take(segment.blocks[0].name)
-        runner = SegmentRunner(segment, self._runs())
+        runner = SegmentRunner(segment, self._runs(), self._padding)
         last = segment.blocks[-1]
         for block in segment.blocks:
             parts = self.options.order == "sublayers"
@@ -250,7 +253,8 @@ class Engine:
 
     def _choose_all(self, stage: _Stage, shared: list[SharedInput], tried: list[Run]) -> None:
         layers = {name: self._layers[name] for name in stage.layers}
-        gather = partial(gather_statistics, layers, runs=stage.runs, across_ranks=self.options.across_ranks)
+        across, padding = self.options.across_ranks, self._padding
+        gather = partial(gather_statistics, layers, runs=stage.runs, across_ranks=across, padding=padding)
         scales: dict[str, Tensor] = {}
         known: dict[str, InputStatistics] | None = None
         if self.way.scaling is not None and stage.module is not None:
@@ -360,14 +364,14 @@ class Engine:
         """Let inputs have their ranges before the layers are packed; of a model with weights, all have them at last."""
         layers = nn.ModuleList(self._layers[name] for name in stage.layers)
         if self._stream is not None and static_quantizers(layers):
-            with calibrating(layers):
+            with calibrating(layers), self._padding.left_out():
                 for run in stage.runs():
                     run_until_reached(run)
 
     # --- running -----------------------------------------------------------------------------------
 
     def _run_of(self, batch: Any) -> Run:
-        return partial(self._forward, self.model, batch)
+        return partial(self._padding.run, batch)
 
     def _runs(self) -> Iterator[Run]:
         return map(self._run_of, self.batches)

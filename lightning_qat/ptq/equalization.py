@@ -35,9 +35,10 @@ from lightning_qat.ptq.equalizing_scales import (
     output_power,
 )
 from lightning_qat.ptq.probing import agree
-from lightning_qat.ptq.watch import as_calibrated, of_every_rank
+from lightning_qat.ptq.watch import of_every_rank
 from lightning_qat.schemes import IntegerScheme
 from lightning_qat.transforms.calibrate import _call
+from lightning_qat.transforms.calibrated_mode import as_calibrated
 from lightning_qat.transforms.phase import float_forward
 from lightning_qat.transforms.prepare import qat_layers
 

@@ -18,8 +18,10 @@ from lightning_qat.ptq.bit_allocation import LayerSensitivity
 from lightning_qat.ptq.chosen import output_error
 from lightning_qat.ptq.methods import METHODS, PTQOptions, choose_codes, reason_for_nearest
 from lightning_qat.ptq.statistics import InputStatistics
-from lightning_qat.ptq.watch import as_calibrated, find_shared_inputs, gather_statistics
+from lightning_qat.ptq.watch import find_shared_inputs, gather_statistics
 from lightning_qat.transforms.calibrate import _call
+from lightning_qat.transforms.calibrated_mode import as_calibrated
+from lightning_qat.transforms.padding import Padding
 from lightning_qat.transforms.phase import float_forward
 from lightning_qat.transforms.prepare import copy_model, prepare, qat_layers
 from lightning_qat.validation import check_choice
@@ -68,11 +70,12 @@ def gram_sensitivity(
         if reason:
             raise ValueError(f"layer {name!r} has no loss to compare: {reason}; leave it out of the plan")
     options = options or PTQOptions()
-    run = forward or _call
-    runs = [partial(run, replica, batch) for batch in kept]
+    padding = Padding(replica, forward or _call)
+    runs = [partial(padding.run, batch) for batch in kept]
     with float_forward(replica), as_calibrated(replica), torch.compiler.set_stance("force_eager"):
+        padding.look_at(kept, across_ranks=options.across_ranks)
         shared = find_shared_inputs(layers, runs[0], runs[1:])
-        seen = gather_statistics(layers, shared, lambda: runs, across_ranks=options.across_ranks)
+        seen = gather_statistics(layers, shared, lambda: runs, across_ranks=options.across_ranks, padding=padding)
     missing = [name for name in layers if name not in seen]
     if missing:
         raise ValueError(f"no calibration batch reached {', '.join(map(repr, missing[:5]))}; leave it out of the plan")

@@ -58,7 +58,8 @@ def quantize_model(
         config: a plan, a :class:`QATConfig`, a :class:`QuantizationConfig` (weight-only) or a preset's name; None is
             ``"int8"``, or the plan of a prepared model.
         calibration: batches, as :func:`calibrate` takes them; needed where activations have calibrated ranges, and by
-            every method but ``"rtn"``. They also show which BatchNorm directly follows a layer.
+            every method but ``"rtn"``. They also show which BatchNorm directly follows a layer. Padded positions of an
+            ``attention_mask`` do not count, as there; the report's notes say in how many layers.
         method: what chooses the codes, a name of ``METHODS``; None follows from the config: ``"gptq"`` and ``"awq"``
             for the schemes of these names, else ``"rtn"``, every weight to the nearest code.
         forward: called as ``forward(model, batch)`` to run a batch otherwise.
@@ -142,7 +143,8 @@ def quantize_model(
         packs=convert and not verify,
         stream=stream,
     )
-    report = replace(engine.run(), notes=notes)
+    report = engine.run()
+    report = replace(report, notes=(*notes, *report.notes))
     if stream is not None:
         stream.take([replica])  # what no batch came to and no rule quantizes
     if static_quantizers(replica):  # the ranges of activations are those of the quantized weights

@@ -12,9 +12,8 @@ from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_qat.nn import QATMultiheadAttention
 from lightning_qat.ptq.statistics import InputStatistics, StatisticsSum, input_geometry
-from lightning_qat.transforms.without_cache import without_cache
+from lightning_qat.transforms.padding import Padding
 
 #: Runs one batch through a part of a model.
 Run = Callable[[], object]
@@ -146,6 +145,7 @@ def gather_statistics(
     *,
     stop: bool = False,
     across_ranks: bool = False,
+    padding: Padding | None = None,
 ) -> dict[str, InputStatistics]:
     """Return the statistics of the inputs of layers, from one pass over all batches.
 
@@ -156,6 +156,7 @@ def gather_statistics(
         runs: called for each pass; returns what runs each batch.
         stop: end each forward as soon as all layers are called.
         across_ranks: add up the sums of all ranks; each calls this.
+        padding: of the batch that runs: its rows are left out. None lets all count.
 
     Returns:
         Name -> statistics; layers that were never called, or have no Gram matrix, are missing.
@@ -163,7 +164,7 @@ def gather_statistics(
     sharing = [s for s in shared if input_geometry(layers[s.layers[0]]) is not None]
     while True:
         sums = {each.layers[0]: StatisticsSum(layers[each.layers[0]], each.layers[0]) for each in sharing}
-        watch = _Gathering(sharing, sums, stop=stop)
+        watch = _Gathering(sharing, sums, padding, stop=stop)
         broken: _SharingBroken | None = None
         with _seen({name: layers[name] for each in sharing for name in each.layers}, watch.see):
             try:
@@ -226,7 +227,10 @@ def _all_alone(sharing: list[SharedInput]) -> list[SharedInput]:
 class _Gathering:
     """One pass: the first layer of each group adds its inputs up, the others are checked to have the same ones."""
 
-    def __init__(self, sharing: list[SharedInput], sums: dict[str, StatisticsSum], *, stop: bool) -> None:
+    def __init__(
+        self, sharing: list[SharedInput], sums: dict[str, StatisticsSum], padding: Padding | None, *, stop: bool
+    ) -> None:
+        self._padding = padding
         self._leader = {name: each.layers[0] for each in sharing for name in each.layers}
         self._sums = sums
         self._left: set[str] = set()
@@ -242,7 +246,7 @@ class _Gathering:
     def see(self, name: str, x: Tensor) -> None:
         self._calls[name].append(self._tokens.of(x))
         if name in self._sums:
-            self._sums[name].update(x)
+            self._sums[name].update(x if self._padding is None else self._padding.counted(name, x))
         self._left.discard(name)
         if self._stops and not self._left:
             raise Reached
@@ -251,21 +255,3 @@ class _Gathering:
         for name, leader in self._leader.items():
             if self._calls[name] != self._calls[leader]:
                 raise _SharingBroken(name)
-
-
-@contextlib.contextmanager
-def as_calibrated(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` run as its layers are to be watched: in evaluation mode, without a cache of keys and values."""
-    modes = {module: module.training for module in model.modules()}
-    attentions = [module for module in modes if isinstance(module, QATMultiheadAttention)]
-    try:
-        model.eval()
-        for attention in attentions:
-            attention.calls_projections = True
-        with without_cache(model):
-            yield
-    finally:
-        for attention in attentions:
-            attention.__dict__.pop("calls_projections", None)
-        for module, training in modes.items():
-            module.training = training

@@ -17,6 +17,7 @@ from lightning_qat.config import QuantizationConfig
 from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.ops.observe import ONE_PASS_DEVICES, observe_fake_quantize_through
 from lightning_qat.quantizers.batch_range import BatchRange
+from lightning_qat.quantizers.calibration_samples import CalibrationSamples
 from lightning_qat.quantizers.clipping import LearnedClipping
 from lightning_qat.quantizers.debug import callback_of_environment, tell
 from lightning_qat.quantizers.dynamic_range import dynamic_parameters
@@ -226,9 +227,7 @@ class ActivationQuantizer(FakeQuantizer):
         self.batch_range = BatchRange(self.device)
         #: The extremes of the input are still to be found, by the pass that fake-quantizes it.
         self._unseen = False
-        #: What calibration may look at; None is everything.
-        self.most_samples = config.calibration_samples
-        self._samples = 0
+        self.samples = CalibrationSamples(config.calibration_samples)
         self.observer = None
         if not fmt.dynamic:
             # A learned scale begins where the squared error is least, and follows gradients from then on.
@@ -297,16 +296,7 @@ class ActivationQuantizer(FakeQuantizer):
             self.observer.reset()
             self.batch_range.clear()
             self.calibrated = False
-            self._samples = 0
-
-    def _within_samples(self, x: Tensor) -> Tensor:
-        """Return what of ``x`` calibration may still look at; samples lie along dimension 0."""
-        most = self.most_samples
-        if most is None or not self.calibrating or not x.dim():
-            return x
-        kept = x[: max(most - self._samples, 0)]
-        self._samples += len(kept)
-        return kept
+            self.samples.seen = 0
 
     def _observes_now(self) -> bool:
         if self.observer is None:
@@ -335,7 +325,7 @@ class ActivationQuantizer(FakeQuantizer):
         # Modules look through all they have at every attribute that is set.
         self.__dict__["_unseen"] = unseen = observes and self._sees_while_quantizing(x)
         if observes and not unseen:
-            seen, observer = self._within_samples(x), self.observer
+            seen, observer = self.samples.of(x) if self.calibrating else x, self.observer
             if self.deferred and seen.numel():
                 self.batch_range.collect(seen, observer)  # type: ignore[arg-type]
             elif seen.numel():

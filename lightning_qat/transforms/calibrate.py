@@ -16,6 +16,7 @@ from lightning_qat.quantizers.batch_range import merge_histograms
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer
 from lightning_qat.quantizers.observers import MovingAverageObserver
 from lightning_qat.transforms.fuse import watch_folds
+from lightning_qat.transforms.padding import Padding
 from lightning_qat.transforms.prepare import qat_layers
 from lightning_qat.transforms.ranges import deferred_ranges, share_of_samples, static_quantizers, update_ranges
 from lightning_qat.transforms.readers import watch_readers
@@ -41,7 +42,8 @@ def calibrating(model: nn.Module, *, across_ranks: bool = False) -> Iterator[Non
             quantizer.reset()
             quantizer.calibrating = True
             _count_batches(quantizer, 0)
-            quantizer.most_samples = share_of_samples(quantizer.config.calibration_samples, across_ranks=across_ranks)
+            most = share_of_samples(quantizer.config.calibration_samples, across_ranks=across_ranks)
+            quantizer.samples.most = most
         for quantizer_ in weights:
             quantizer_.quantizing = False
         with torch.no_grad():
@@ -97,7 +99,9 @@ def calibrate(
     """Set the activation ranges of a prepared model from batches of data.
 
     The model runs in float, in evaluation mode and without gradients; its parameters, BatchNorm
-    statistics and training mode stay as they are.
+    statistics and training mode stay as they are. Where a batch has an ``attention_mask``, ``[batch, length]`` of 0 and
+    1, padded positions do not count in the inputs of the Linears that they are rows of, see
+    :mod:`lightning_qat.transforms.padding`.
 
     Args:
         model: a prepared model.
@@ -114,16 +118,18 @@ def calibrate(
     """
     if not any(True for _ in qat_layers(model)):
         raise ValueError(f"{type(model).__name__} has no prepared layer to calibrate; call prepare(model, plan) first")
-    run = forward or _call
+    padding = Padding(model, forward or _call)
     iterator = iter(batches)
     first = list(itertools.islice(iterator, 1))
     if not first:  # found out before the ranges learned earlier are forgotten
         raise ValueError("calibration got no batch; give calibrate(model, batches) at least one")
     learning = deferred_ranges(model) if across_ranks else contextlib.nullcontext()
-    with torch.compiler.set_stance("force_eager"), learning, calibrating(model, across_ranks=across_ranks):
+    observing = calibrating(model, across_ranks=across_ranks)
+    with torch.compiler.set_stance("force_eager"), learning, observing, padding.left_out():
         for batch in itertools.chain(first, iterator):
+            padding.look(batch, across_ranks=across_ranks)
             with watch_readers(model), watch_folds(model):
-                run(model, batch)
+                padding.run(batch)
             if across_ranks:
                 update_ranges(model, across_ranks=True)
     return model

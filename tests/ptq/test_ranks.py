@@ -52,6 +52,16 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
         f"layers.{block}.experts.3.{part}" for block in (0, 1) for part in (0, 2)
     ]
 
+    # One rank has padding, the other has not: the ranges and losses are those of the sentences alone.
+    (first, report), (second, _) = (torch.load(tmp_path / f"{rank}.padded.pt") for rank in (0, 1))
+    alone = [sentence for rank in (0, 1) for sentence in two_ranks.sentences_of(rank)[1]]
+    expected, whole = two_ranks.with_padding(alone, across_ranks=False)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert not name.endswith("input_scale") or torch.allclose(value, expected[name], rtol=1e-5), name
+    for ours, theirs in zip(report, whole, strict=True):
+        assert ours["nearest_loss"] == pytest.approx(theirs["nearest_loss"], rel=1e-4)
+
 
 def test_a_journal_is_of_one_process(tmp_path: Path) -> None:
     options = lq.PTQOptions(across_ranks=True)
