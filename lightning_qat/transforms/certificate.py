@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -122,7 +123,10 @@ class ParityReport:
 
     def failure(self) -> str | None:
         """Return in a sentence what is not as it trained and what to do, or None."""
+        read = [layer for layer in self.layers if layer.read_by]
         layer = self.first_divergence
+        if read:
+            return _read_failure(read)
         if layer is not None:
             return _layer_failure(layer)
         if self.changed_tensors:
@@ -207,12 +211,17 @@ class ParityError(ValueError):
         return type(self), (self.report,)
 
 
+def _read_failure(read: list[LayerParity]) -> str:
+    others = f" (and of {len(read) - 1} others)" if len(read) > 1 else ""
+    rules = dict.fromkeys(re.sub(r"\b\d+\b", "*", layer.name) if others else layer.name for layer in read)
+    return (
+        f"the weight of layer {read[0].name!r}{others} is read by code that does not call the layer "
+        f"({read[0].read_by}), where it trained in float; leave it in float with "
+        f"{', '.join(f'LayerRule({rule!r})' for rule in rules)}"
+    )
+
+
 def _layer_failure(layer: LayerParity) -> str:
-    if layer.read_by:
-        return (
-            f"the weight of layer {layer.name!r} is read by code that does not call the layer ({layer.read_by}), where "
-            f"it trained in float; leave the layer in float with LayerRule({layer.name!r})"
-        )
     facts = []
     if layer.sqnr_db is not None:
         facts.append(

@@ -1,7 +1,8 @@
 """Weights that code multiplies without calling their layer, as ``F.linear(x, self.qkv.weight)`` does.
 
 A prepared layer fake-quantizes its weight where it is called; whoever reads ``layer.weight`` gets the float weight, and
-in a converted model what the codes stand for. Attention pools of CLIP and the BEiT and EVA of timm read so.
+in a converted model what the codes stand for. The attention pool of CLIP, BEiT, EVA and Swin v2 of timm and LayoutLMv3
+read so.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from lightning_qat.nn import QATLayer, QATMultiheadAttention
 from lightning_qat.nn.recurrent import RecurrentLayer
 from lightning_qat.transforms.prepare import qat_layers
 
-#: What makes outputs of weights. Anything else, such as the sum of a penalty, is followed up to one of these.
+#: What makes outputs of weights and of something else. Results of anything else are followed up to one of these.
 _MULTIPLYING = {
     *("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv"),
-    *("einsum", "tensordot", "embedding"),
+    *("einsum", "tensordot", "scaled_dot_product_attention"),
+    *("embedding", "__getitem__", "index_select", "gather"),  # by positions that are computed: a look-up
 }
 
 

@@ -39,11 +39,14 @@ READS = {
     "joined": lambda m, y: F.linear(y, torch.cat([m.b.weight, m.b.weight])),
     "scaled": lambda m, y: F.linear(y, m.b.weight * 2),
     "attention": attends,
+    "a mask": lambda m, y: F.scaled_dot_product_attention(*(y.view(1, 1, 4, 8),) * 3, attn_mask=m.b.weight[:4, :4]),
+    "a table": lambda m, y: y + m.b.weight[(y > 0).long().sum(1) % 8],
 }
 HARMLESS = {
     "called": lambda m, y: m.b(y),
     "its dtype and shape": lambda m, y: m.b(y.to(m.b.weight.dtype)) * m.b.weight.shape[0],
     "a penalty": lambda m, y: (m.b(y), m.b.weight.square().sum() + y.sum()),
+    "a part of it": lambda m, y: (m.b(y), m.b.weight[0].abs().sum()),
     "orthogonality": lambda m, y: (m.b(y), (m.b.weight @ m.b.weight.t()).sum()),
 }
 
@@ -75,3 +78,20 @@ def test_the_gate_passes_a_weight_that_a_float_layer_multiplies():
     model.b.weight = model.kept.weight
     lq.prepare(model, "int8_weight_only")
     lq.convert(model.eval(), verify=[randn(4, 8)])
+
+
+def test_rules_that_leave_all_of_them_in_float_are_named():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 8)
+            self.blocks = nn.ModuleList(Reading(READS["linear"]) for _ in range(12))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return F.linear(self.head(x), self.head.weight)
+
+    model = lq.prepare(Stack(), "int8_weight_only")
+    with pytest.raises(lq.ParityError, match=r"12 others.*LayerRule\('head'\), LayerRule\('blocks\.\*\.b'\)$"):
+        lq.convert(model.eval(), verify=[randn(4, 8)])
