@@ -155,8 +155,14 @@ def trace_folds(model: nn.Module) -> None:
     try:
         graph = _LeafTracer().trace(replica)
     except Exception as error:  # noqa: BLE001 - the user's forward runs on proxies: anything may come out of it
+        layers = dict(qat_layers(model))
+        names = [name for name, layer in layers.items() if layer in undecided]
+        where = f" into layers that no batch reached, such as {names[0]!r}" if len(names) < len(layers) else ""
         logger.warning(
-            "BatchNorm is not folded: %s cannot be traced (%s); calibrate it first", type(model).__name__, error
+            "BatchNorm is not folded%s: %s cannot be traced (%s); calibrate it first",
+            where,
+            type(model).__name__,
+            error,
         )
         return decide_no_folding(model)
     modules = dict(model.named_modules())

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_qat as lq
+from lightning_qat.nn import FoldedBatchNorm
 
 
 class Block(nn.Module):
@@ -154,3 +155,25 @@ def test_parts_and_wholes_convert():
     assert isinstance(lq.convert(nn.ModuleDict({"net": part}))["net"].bn1, lq.nn.FoldedBatchNorm)
     with pytest.raises(ValueError, match="convert the whole model"):
         lq.convert(nn.ModuleDict({"conv1": part.conv1}))
+
+
+class CannotBeTraced(nn.Module):
+    """One of its convolutions is for other configurations, as those of models of transformers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.never = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) if float(x.sum()) < 1e9 else self.never(x)
+
+
+def test_what_is_said_of_a_model_that_cannot_be_traced_holds_of_the_layers_that_no_batch_reached(caplog):
+    torch.manual_seed(0)
+    model = lq.prepare(CannotBeTraced(), "int8_weight_only")
+    assert isinstance(lq.convert(model).norm, nn.BatchNorm2d)
+    assert "BatchNorm is not folded: CannotBeTraced cannot be traced" in caplog.text
+    caplog.clear()
+    lq.calibrate(model, [torch.randn(2, 3, 8, 8)])
+    assert isinstance(lq.convert(model).norm, FoldedBatchNorm)
+    assert "not folded into layers that no batch reached, such as 'never': CannotBeTraced" in caplog.text
