@@ -36,6 +36,8 @@ _CONTENTS = {
 }
 #: Numbers that stand for a row: its products with as many vectors.
 _PRODUCTS = 8
+#: Numbers that are widened at once: logits of a large vocabulary are the largest tensor there is.
+_PIECE = 2**22
 #: Padded rows have to change this many times as much as any other one, which may round otherwise: products of experts
 #: have other sizes where other tokens are routed.
 _GAP = 64.0
@@ -296,9 +298,14 @@ def _told(x: Tensor) -> _Rows | None:
     if x.dim() < 2 or not x.numel():
         return None
     rows = x.detach().reshape(math.prod(leading), -1)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    empty = (rows == 0).all(1) | ~rows.isfinite().all(1)
-    return _Rows(leading, rows @ _vectors(rows.shape[1]).to(rows), empty)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    vectors = _vectors(rows.shape[1]).to(x.device, wide)
+    products, empty = [], []
+    for part in rows.split(max(_PIECE // rows.shape[1], 1)):
+        values = part.to(wide)
+        products.append(values @ vectors)
+        empty.append((values == 0).all(1) | ~values.isfinite().all(1))
+    return _Rows(leading, torch.cat(products), torch.cat(empty))
 
 
 @lru_cache(maxsize=16)

@@ -160,10 +160,11 @@ def test_a_run_that_goes_on_and_weights_that_are_read_block_by_block(tmp_path: P
     for found in (resumed, streamed):
         for name, codes in codes_of(expected).items():
             assert torch.equal(codes_of(found)[name], codes), name
-    ranged = lq.quantize_model(tiny_llama(), INT8, batches(), "gptq")
-    with lq.without_weights():
-        empty = tiny_llama()
-    assert_same(lq.quantize_model(empty, INT8, batches(), "gptq", weights=tmp_path / "model.safetensors"), ranged)
+    for method in ("gptq", "rtn"):
+        ranged = lq.quantize_model(tiny_llama(), INT8, batches(), method)
+        with lq.without_weights():
+            empty = tiny_llama()
+        assert_same(lq.quantize_model(empty, INT8, batches(), method, weights=tmp_path / "model.safetensors"), ranged)
 
 
 class Experts(nn.Module):
