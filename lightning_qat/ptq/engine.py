@@ -29,6 +29,7 @@ from lightning_qat.ptq.journal import Journal
 from lightning_qat.ptq.methods import METHODS, PTQOptions, choose_codes, reason_for_nearest
 from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.outcome import LayerOutcome, PTQObserver, PTQReport, Stopwatch, most_memory
+from lightning_qat.ptq.reached import refuse_unreached
 from lightning_qat.ptq.statistics import InputStatistics
 from lightning_qat.ptq.streaming import WeightStream
 from lightning_qat.ptq.watch import (
@@ -150,6 +151,8 @@ class Engine:
                 )
             if self.options.across_ranks:
                 self._check_same_course(course)
+            elif self._stream is None:
+                refuse_unreached(self._layers, course.unreached, map(self._run_of, self.batches[1:]))
             if self.options.order == "one_pass" or not course.segments:
                 self._quantize_at_once()
             else:

@@ -7,12 +7,13 @@ import hashlib
 import json
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+
+from lightning_qat.transforms.unobserved import float_rules
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +124,11 @@ class ParityReport:
 
     def failure(self) -> str | None:
         """Return in a sentence what is not as it trained and what to do, or None."""
-        read = [layer for layer in self.layers if layer.read_by]
+        read = {layer.name: layer for layer in self.layers if layer.read_by}
         layer = self.first_divergence
         if read:
-            return _read_failure(read)
+            others = {layer.name for layer in self.layers if not layer.read_by}
+            return _read_failure(list(read), next(iter(read.values())), others)
         if layer is not None:
             return _layer_failure(layer)
         if self.changed_tensors:
@@ -211,13 +213,11 @@ class ParityError(ValueError):
         return type(self), (self.report,)
 
 
-def _read_failure(read: list[LayerParity]) -> str:
-    others = f" (and of {len(read) - 1} others)" if len(read) > 1 else ""
-    rules = dict.fromkeys(re.sub(r"\b\d+\b", "*", layer.name) if others else layer.name for layer in read)
+def _read_failure(read: list[str], layer: LayerParity, others: set[str]) -> str:
+    also = f" (and of {len(read) - 1} more)" if len(read) > 1 else ""
     return (
-        f"the weight of layer {read[0].name!r}{others} is read by code that does not call the layer "
-        f"({read[0].read_by}), where it trained in float; leave it in float with "
-        f"{', '.join(f'LayerRule({rule!r})' for rule in rules)}"
+        f"the weight of layer {layer.name!r}{also} is read by code that does not call the layer ({layer.read_by}), "
+        f"where it trained in float; leave {'them' if also else 'it'} in float with {float_rules(read, others)}"
     )
 
 

@@ -34,6 +34,7 @@ from lightning_qat.transforms.certificate import inherit_fit_report
 from lightning_qat.transforms.fuse import trace_folds
 from lightning_qat.transforms.prepare import _PLAN, copy_model, leave_fast_paths, qat_layers
 from lightning_qat.transforms.save_pretrained import refuse_save_pretrained
+from lightning_qat.transforms.unobserved import unobserved
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -122,15 +123,10 @@ def _fold_into_codes(
 
 
 def _input_tensors(
-    quantizer: ActivationQuantizer | None, name: str
+    quantizer: ActivationQuantizer | None,
 ) -> tuple[TensorFormat | None, dict[str, Tensor | None]]:
     if quantizer is None:
         return None, {"input_scale": None, "input_zero_point": None}
-    if not quantizer.calibrated:
-        raise ValueError(
-            f"the input of layer {name!r} was never observed, so it has no range to convert with; run "
-            f"calibrate(model, batches), or leave the layer in float with LayerRule({name!r})"
-        )
     if quantizer.format.dynamic:
         return quantizer.format, {"input_scale": None, "input_zero_point": None}
     return quantizer.format, {"input_scale": quantizer.scale.clone(), "input_zero_point": quantizer.zero_point.clone()}
@@ -184,7 +180,7 @@ def _convert_layer(name: str, layer: QATLayer, norm: nn.Module | None) -> None:
     if not bool(torch.isfinite(get_scheme(fmt.scheme).effective_scale(scale, fmt)).all()):
         raise ValueError(f"the weight of layer {name!r} has magnitudes beyond {fmt.scheme}; use another scheme for it")
     codes = get_scheme(fmt.scheme).quantize(weight, scale, zero_point, fmt)
-    input_format, tensors = _input_tensors(layer.input_quantizer, name)
+    input_format, tensors = _input_tensors(layer.input_quantizer)
     tensors |= {name: None if (t := quantizer._buffers[name]) is None else t.clone() for name in ARRANGEMENT}
     axis, feeds_one_layer = layer.channel_axis, bool(quantizer.feeds_one_layer)
     unmake_qat(layer)
@@ -221,8 +217,15 @@ def convert_layers(model: nn.Module, layers: Iterable[tuple[str, QATLayer]]) -> 
     Args:
         model: a prepared model, or one of which other layers are converted already.
         layers: names and modules.
+
+    Raises:
+        ValueError: an activation was never observed, or a weight is not finite.
     """
     chosen = list(layers)
+    inputs = {name: layer.input_quantizer for name, layer in chosen}
+    unseen = [name for name, quantizer in inputs.items() if quantizer is not None and not quantizer.calibrated]
+    if unseen:
+        raise unobserved(unseen, inputs)
     converting = {id(layer) for _, layer in chosen}
     for module in model.modules():
         if isinstance(module, QATMultiheadAttention) and any(id(child) in converting for child in module.children()):

@@ -173,3 +173,37 @@ def test_a_forward_that_holds_the_model_is_told(where: str, method: str) -> None
     module.forward = MethodType(lambda self, inputs: twice(self, inputs) * 2, module)
     made = lq.quantize_model(model, config, [x], method)
     assert 10 < lq.sqnr(2 * right, made(x)) < 60
+
+
+class Branches(nn.Module):
+    """Blocks, a layer that only wide batches reach, and some that none does."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+        self.wide, self.heads = nn.Linear(8, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.heads[0](self.wide(x) if len(x) > 4 else x)
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant"])
+def test_layers_that_no_batch_reaches_are_told_before_the_work(method):
+    class Told(lq.PTQObserver):
+        done = 0
+
+        def layer_done(self, outcome):
+            self.done += 1
+
+    torch.manual_seed(0)
+    model, batches, told = Branches(), [torch.randn(4, 8), torch.randn(6, 8)], Told()
+    with pytest.raises(ValueError, match=r"'heads.1' \(and of 1 more\) was never.*LayerRule\('heads.1'\), ") as caught:
+        lq.quantize_model(model, "int8", batches, method=method, observer=told)
+    assert told.done == 0
+    rules = [lq.LayerRule(name) for name in ("heads.1", "heads.2")]
+    assert str(caught.value).endswith("LayerRule('heads.2')")  # and no glob, which heads.0 would match too
+    quantized = lq.quantize_model(model, lq.QuantizationPlan(rules, base="int8"), batches, method=method, observer=told)
+    assert told.done == 4
+    assert isinstance(quantized.wide, lq.QuantizedLinear)

@@ -296,3 +296,13 @@ def test_layers_that_calibration_missed_are_named(caplog):
     assert "unused" in caplog.text
     with pytest.raises(ValueError, match="layer 'unused' was never observed"):
         lq.convert(model)
+
+
+def test_rules_for_all_layers_that_calibration_missed_are_named_at_once():
+    parts = {f"blocks{i}": nn.ModuleDict({"used": nn.Linear(3, 3), "text": nn.Linear(3, 3)}) for i in range(2)}
+    model = nn.ModuleDict({"blocks": nn.ModuleList(parts.values()), "head": nn.Linear(3, 3)})
+    lq.prepare(model, "int8")
+    lq.calibrate(model, [torch.randn(2, 3)], lambda m, b: m["blocks"][1]["used"](m["blocks"][0]["used"](b)))
+    with pytest.raises(ValueError, match=r"'blocks.0.text' \(and of 2 more\)") as caught:
+        lq.convert(model)
+    assert str(caught.value).endswith("leave them in float with LayerRule('blocks.*.text'), LayerRule('head')")

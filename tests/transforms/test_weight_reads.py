@@ -93,5 +93,5 @@ def test_rules_that_leave_all_of_them_in_float_are_named():
             return F.linear(self.head(x), self.head.weight)
 
     model = lq.prepare(Stack(), "int8_weight_only")
-    with pytest.raises(lq.ParityError, match=r"12 others.*LayerRule\('head'\), LayerRule\('blocks\.\*\.b'\)$"):
+    with pytest.raises(lq.ParityError, match=r"12 more.*LayerRule\('head'\), LayerRule\('blocks\.\*\.b'\)$"):
         lq.convert(model.eval(), verify=[randn(4, 8)])
