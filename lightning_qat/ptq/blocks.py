@@ -7,6 +7,7 @@ if what it gets is the very tensors that the other one returned, and nothing els
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -245,17 +246,18 @@ class SegmentRunner:
         self._at = 0
 
     def runs(self) -> Iterator[Run]:
-        """Yield what runs the block that it stands at, for each batch."""
+        """Yield what runs the block that it stands at, for each batch, as often as it likes."""
         for batch in range(len(self._first)):
             yield partial(self._run, batch)
 
-    def _run(self, batch: int) -> Any:
+    def _run(self, batch: int, *, last: bool = False) -> Any:
+        """Run it; what it writes into objects that it is given, such as a cache, stays if it is the ``last`` time."""
         if self._padding is not None:
             self._padding.masks = self._masks[batch]
-        args, kwargs = tree_unflatten(self._leaves(batch), self.segment.specs[self._at])
+        args, kwargs = tree_unflatten(self._leaves(batch, last), self.segment.specs[self._at])
         return self.segment.blocks[self._at].module(*args, **kwargs)
 
-    def _leaves(self, batch: int) -> list[Any]:
+    def _leaves(self, batch: int, last: bool) -> list[Any]:
         first, outputs, leaves = self._first[batch], self._outputs[batch], []
         for link in self.segment.links[self._at]:
             value = link.value
@@ -263,7 +265,10 @@ class SegmentRunner:
                 value = outputs[link.index].clone()  # a block may change what it is given
             elif link.source == "first":
                 value = first[link.index]
-                value = value.clone() if self._at == 0 and isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):
+                    value = value.clone() if self._at == 0 else value
+                elif not last and not isinstance(value, nn.Module):
+                    value = copy.deepcopy(value)
             leaves.append(value)
         return leaves
 
@@ -272,7 +277,7 @@ class SegmentRunner:
         following = self.segment.links[self._at + 1]
         needed = {link.index for link in following if link.source == "output"}
         for batch in range(len(self._first)):
-            outputs = tree_flatten(self._run(batch))[0]
+            outputs = tree_flatten(self._run(batch, last=True))[0]
             self._outputs[batch] = {index: outputs[index] for index in needed}
             if self._at == 0:
                 self._first[batch] = [v if i in self._kept else None for i, v in enumerate(self._first[batch])]

@@ -8,6 +8,7 @@ from ptq_models import MODELS, EncoderDecoder, Llama, MobileNet, ViT, built, ima
 from tensors import randn
 from torch import nn
 
+import lightning_qat as lq
 from lightning_qat.ptq.blocks import SegmentRunner, find_blocks, watch_course
 from lightning_qat.transforms.calibrate import _call
 
@@ -151,3 +152,70 @@ def test_batches_that_call_a_block_differently_are_told() -> None:
     runs = [lambda: model(x, mask=x), lambda: model(x)]
     with pytest.raises(ValueError, match=r"the block 'items\.0' with other arguments.*order='one_pass'"):
         SegmentRunner(course.segments[0], runs)
+
+
+class Kept:
+    """What blocks write as they run: the keys of each, and the last ones for whoever shares them."""
+
+    def __init__(self):
+        self.of_layer, self.last = {}, None
+
+    def update(self, layer, keys):
+        before = self.of_layer.get(layer)
+        self.of_layer[layer] = keys if before is None else torch.cat([before, keys], 1)
+        self.last = self.of_layer[layer]
+        return self.last
+
+
+class Attending(nn.Module):
+    def __init__(self, index):
+        super().__init__()
+        self.index, self.shares = index, index == 2
+        self.keys, self.mixes = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, kept):
+        keys = kept.last if self.shares else kept.update(self.index, self.keys(x))
+        return x + self.mixes((x @ keys.mT).view(len(x), x.shape[1], x.shape[1]).softmax(-1) @ keys)
+
+
+class Keeping(nn.Module):
+    """As XLM, which always makes a cache, and Gemma 3n, whose later layers share the keys of earlier ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Attending(i) for i in range(3))
+
+    def forward(self, x):
+        kept = Kept()
+        for layer in self.layers:
+            x = layer(x, kept)
+        return x
+
+
+@pytest.mark.parametrize("order", ["blocks", "sublayers"])
+@torch.no_grad()
+def test_what_blocks_keep_in_an_object_is_as_in_one_forward(order):
+    batches = [randn(2, 5, 8, seed=i) for i in range(2)]
+    seen = []
+    model = built(Keeping)
+
+    def runs():
+        return (lambda batch=batch: _call(model, batch) for batch in batches)
+
+    runner = SegmentRunner(course_of(model, batches[0]).segments[0], runs())
+    for index, layer in enumerate(model.layers):
+        handle = layer.register_forward_hook(lambda _m, _a, output: seen.append(output))
+        for _ in range(2):  # statistics of several parts of a block
+            for run in runner.runs():
+                run()
+        expected = len(seen)
+        for batch in batches:
+            model(batch)
+        handle.remove()
+        assert expected == 4
+        assert all(torch.equal(a, b) for a, b in zip(seen[:4], 2 * seen[4:], strict=True))
+        seen.clear()
+        if index < 2:
+            runner.advance()
+    plan = lq.QuantizationPlan([lq.LayerRule("layers.2.keys")], base=lq.QuantizationConfig("gptq", group_size=8))
+    lq.quantize_model(model, plan, batches, options=lq.PTQOptions(order=order))
