@@ -25,7 +25,7 @@ from lightning_qat.nn.recompute import has_memory_of_its_own, sees_no_mode
 from lightning_qat.nn.step_tensors import StepInput, StepWeight
 from lightning_qat.ops.layout import empty_result, is_plain
 from lightning_qat.ops.step_product import codes_product, product_pays
-from lightning_qat.ops.straight_through import apply_plainly, differentiable_once
+from lightning_qat.ops.straight_through import apply_plainly, differentiable
 from lightning_qat.ops.workspace import SHORT_LIVED, passing_results
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
 from lightning_qat.quantizers.learned_scale import LearnedScale
@@ -92,6 +92,23 @@ def _is_plain(quantizer: FakeQuantizer, x: Tensor) -> bool:
     return type(learned) is LearnedScale and learning
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...] | None:
+    """The backward pass in operations that have derivatives, of fixed scales."""
+    of_x, of_weight = ctx.quantized
+    if of_x.learned is not None or of_weight.learned is not None:
+        return None
+    x, weight = _saved(ctx, of_weight.name)
+    needs_x, needs_weight, needs_bias, *others = ctx.needs_input_grad
+    rows = grad.reshape(-1, grad.shape[-1])
+    for_x = for_weight = None
+    if needs_x:
+        for_x = of_x.tracked_gradient(rows.mm(of_weight.tracked_values(weight)).view(x.shape), x)
+    if needs_weight:
+        made = of_x.tracked_values(x).view(-1, x.shape[-1])
+        for_weight = of_weight.tracked_gradient(rows.t().mm(made), weight)
+    return for_x, for_weight, rows.sum(0) if needs_bias else None, *(None for _ in others)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -103,7 +120,7 @@ class _Linear(torch.autograd.Function):
         return made
 
     @staticmethod
-    @differentiable_once
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_weight = ctx.quantized
         x, weight = _saved(ctx, of_weight.name)

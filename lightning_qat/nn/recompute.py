@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_qat.ops.layout import is_plain
 from lightning_qat.ops.workspace import passing_results
@@ -68,8 +69,9 @@ def has_memory_of_its_own(x: Tensor) -> bool:
     """Whether ``x`` is a plain tensor that can be told by its address and version, as under no transform.
 
     Not where a mode sees operations (``make_fx``, which writes them down): kernels called directly are none of them.
+    Nor in forward mode, of which they know nothing.
     """
-    return is_plain(x) and not x.is_inference() and not x.is_meta and sees_no_mode()
+    return is_plain(x) and not x.is_inference() and not x.is_meta and sees_no_mode() and forward_ad._current_level < 0
 
 
 def sees_no_mode() -> bool:

@@ -14,10 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qat.native import fake_quantize as native
 from lightning_qat.native.weight_codes import weight_codes
-from lightning_qat.ops.fake_quantize import absmax_divisor, quant_range
+from lightning_qat.ops.fake_quantize import absmax_divisor, inside_range, quant_range
 from lightning_qat.ops.fake_quantize_cpu import as_read
 from lightning_qat.ops.layout import NO_AXIS, NO_GROUP, empty_codes, empty_result, empty_values
-from lightning_qat.ops.straight_through import fake_quantize_kernel, grid_for, input_gradient, learned_gradients
+from lightning_qat.ops.straight_through import (
+    fake_quantize_kernel,
+    fake_quantize_through,
+    grid_for,
+    input_gradient,
+    learned_gradients,
+    raising_if_differentiated,
+)
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, FakeQuantizer
 from lightning_qat.quantizers.scale_gradients import gradients_of_numbers, parameter_gradients
 from lightning_qat.quantizers.weight_quantizer import WeightQuantizer
@@ -60,7 +67,7 @@ class StepTensor:
         self.grid = (layout, *as_read(scale, None if fmt.symmetric else zero_point), quant_min, quant_max)
 
     def _for_ops(self) -> tuple[Any, ...]:
-        """Return :attr:`grid` as the ops take it.
+        """Return :attr:`grid` as the ops take it: scale, zero point, smallest and largest code, axis and group.
 
         They step in where kernels are switched off, or a mode sees operations, from the forward pass to the backward.
         """
@@ -134,6 +141,19 @@ class StepTensor:
             return exponents, None
         of_scale, of_zero = sums.to(torch.float32).unbind(1)
         return parameter_gradients(of_scale, of_zero, scale, offset, self.factor, grid[4] - grid[3])
+
+    def tracked_values(self, x: Tensor) -> Tensor:
+        """Return :meth:`values` with their graph, where gradients are differentiated."""
+        if self.grid is None:
+            return x
+        scale, zero_point, *grid = self._for_ops()
+        return fake_quantize_through(x, scale, zero_point, *grid, covered=self.covered)
+
+    def tracked_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient of ``x``, fixed scales, in operations that have derivatives."""
+        if self.covered or self.grid is None:
+            return grad
+        return inside_range(grad, x.detach(), *self._for_ops())
 
     def _inside(self, grad: Tensor, x: Tensor) -> Tensor:
         if self.covered or self.grid is None or native.input_gradient(grad, x, grad, *self.grid):
@@ -213,6 +233,17 @@ class StepInput(StepTensor):
             _, scale, zero_point, quant_min, _ = self.grid
             result.copy_(x).add_(quant_min if zero_point is None else quant_min - zero_point.round()).mul_(scale)
         return result
+
+    def tracked_values(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.uint8:
+            return super().tracked_values(x)
+        made: Tensor = raising_if_differentiated(self.values(x))  # of codes, which have no graph
+        return made
+
+    def tracked_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        if self.covered or self._outside is None:
+            return super().tracked_gradient(grad, x)
+        return grad.reshape(-1).index_fill(0, self._outside, 0.0).view(grad.shape)
 
     def _inside(self, grad: Tensor, x: Tensor) -> Tensor:
         if self.covered or self._outside is None:

@@ -28,10 +28,10 @@ from lightning_qat.ops.codebook_tables import (
 from lightning_qat.ops.codebook_tables import (
     codebook as codebook_values,
 )
-from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import match_layout
 from lightning_qat.ops.nibbles import pack_nibbles as pack_nibbles
 from lightning_qat.ops.nibbles import unpack_nibbles as unpack_nibbles
+from lightning_qat.ops.transformed import is_transformed, straight_through
 
 if TYPE_CHECKING:
     pass
@@ -163,8 +163,15 @@ def fake_quantize_codebook(
     _check(x, absmax, codebook, block_size, rule)
     if stored_absmax is not None:
         _check_blocks(x, stored_absmax, codebook, block_size)
-    refuse_tangents(x)
-    return codebook_fake_quantize_op(x, absmax, stored_absmax, codebook, block_size, rule)
+    if not is_transformed():
+        return codebook_fake_quantize_op(x, absmax, stored_absmax, codebook, block_size, rule)
+    return straight_through(
+        x,
+        lambda *of: codebook_fake_quantize_op(*of, codebook, block_size, rule),
+        lambda grad, x, absmax, _: reference_fake_quantize_backward(grad, x, absmax, block_size),
+        absmax,
+        stored_absmax,
+    )
 
 
 # --- the checks -----------------------------------------------------------------------------------
@@ -370,7 +377,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, absmax = ctx.saved_tensors
-    gradient = codebook_fake_quantize_backward_op(grad, x, absmax, ctx.block_size) if ctx.needs_input_grad[0] else None
+    # The definition can be differentiated again, as under create_graph=True.
+    find = reference_fake_quantize_backward if torch.is_grad_enabled() else codebook_fake_quantize_backward_op
+    gradient = find(grad, x, absmax, ctx.block_size) if ctx.needs_input_grad[0] else None
     return gradient, None, None, None, None, None
 
 

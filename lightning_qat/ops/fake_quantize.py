@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import (
     match_layout,
     resolve_layout,
     view_parameter,
     view_runs,
 )
+from lightning_qat.ops.transformed import is_transformed, straight_through
 
 #: Codes reach half a step beyond their value: what rounds to an end code is in range. The 2**-10 of a
 #: step is slack: the scale of a symmetric grid below 8 bits is absmax / (2**(b-1) - 0.5), which puts the
@@ -101,14 +101,22 @@ def fake_quantize(
     Raises:
         TypeError: if ``scale`` or ``zero_point`` is no tensor.
         ValueError: if a dtype, shape, device or number does not fit, naming what is allowed.
-        NotImplementedError: under ``torch.func.jvp`` and its kin, in forward mode.
+        NotImplementedError: under ``torch.func``, if ``scale`` or ``zero_point`` is to have a derivative.
     """
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; use a floating-point dtype")
-    refuse_tangents(x, scale, zero_point)
     quant_min, quant_max = resolve_grid(zero_point, bits, symmetric)
     op_axis, group = resolve_layout(x, scale, zero_point, axis, group_size)
-    return fake_quantize_op(x, scale, zero_point, quant_min, quant_max, op_axis, group)
+    if not is_transformed():
+        return fake_quantize_op(x, scale, zero_point, quant_min, quant_max, op_axis, group)
+    grid = (quant_min, quant_max, op_axis, group)
+    return straight_through(
+        x,
+        lambda x, scale, zero: fake_quantize_op(x, scale, zero, *grid),
+        lambda grad, x, scale, zero: inside_range(grad, x, scale, zero, *grid),
+        scale,
+        zero_point,
+    )
 
 
 # --- the definition -------------------------------------------------------------------------------
@@ -165,6 +173,21 @@ def reference_fake_quantize_backward(
         terms = _zero_point_terms(grads, step, outside)
         grad_zero = terms.sum_to_size(step.shape).reshape(zero_point.shape).to(zero_point.dtype)
     return grad_x, grad_scale, grad_zero
+
+
+def inside_range(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int,
+    group: int,
+) -> Tensor:
+    """Return the gradient of ``x``, in operations that can be differentiated again by ``grad``."""
+    grid = (quant_min, quant_max, axis, group)
+    return reference_fake_quantize_backward(grad, x, scale, zero_point, *grid, [True, False, False])[0]
 
 
 def _edges(step: Tensor, zero: Tensor | None, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
@@ -252,6 +275,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
+    if torch.is_grad_enabled() and not any(needs[1:]):  # which is differentiated again
+        return inside_range(grad, *ctx.saved_tensors, *ctx.grid), *(None for _ in range(6))
     gradients = fake_quantize_backward_op(grad, *ctx.saved_tensors, *ctx.grid, needs)
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None, None
 

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from lightning_qat.native.fake_quantize import has_kernels
 from lightning_qat.ops.chunks import CHUNK
-from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op, quant_range
+from lightning_qat.ops.fake_quantize import fake_quantize_backward_op, fake_quantize_op, inside_range, quant_range
 from lightning_qat.ops.fake_quantize_cpu import fake_quantize_backward_cpu, fake_quantize_cpu, input_ends
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON, fake_quantize_backward_cuda, fake_quantize_cuda
 from lightning_qat.ops.forward_mode import refuse_tangents
@@ -33,8 +33,9 @@ _OPS = (fake_quantize_op, fake_quantize_backward_op)
 _ONLY_X = [True, False, False]
 
 _TWICE = (
-    b"a fake-quantized layer cannot be asked to differentiate twice, as gradient penalties do: compute those in float, "
-    b"with apply_phase(model, Phase(quantizing=False)) before the forward whose gradients are penalized"
+    b"a layer with learned scales, and the weight's gradient of one with a quantized input, cannot be asked to "
+    b"differentiate twice, as gradient penalties do: compute those in float, with apply_phase(model, "
+    b"Phase(quantizing=False)) before the forward whose gradients are penalized"
 )
 
 
@@ -73,16 +74,44 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     ``once_differentiable`` gives constants where the incoming gradient is one, as that of a sum is: the gradients of a
     penalty would lack this layer's part, and nobody would hear of it.
     """
+    return differentiable(lambda ctx, *grads: None)(backward)
 
-    def choose(ctx: Any, *grads: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        raising: Any = torch._C._functions.DelayedError(_TWICE, len(found))
-        return raising(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
 
-    return choose
+def differentiable(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let gradients be differentiated, as gradient penalties do, at no cost where nobody does.
+
+    Args:
+        again: the backward pass in operations that have derivatives, called instead where somebody may want them; None
+            where there are none, so that asking for them raises.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def choose(ctx: Any, *grads: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            found = again(ctx, *grads)
+            if found is not None:
+                return found
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            return raising_if_differentiated(*found)
+
+        return choose
+
+    return decorate
+
+
+def raising_if_differentiated(*tensors: Tensor | None) -> Any:
+    """Return these values, which raise where somebody differentiates them."""
+    raising: Any = torch._C._functions.DelayedError(_TWICE, len(tensors))
+    return raising(*(None if t is None else t.detach().requires_grad_() for t in tensors))
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.covered:
+        x, scale, zero_point = ctx.saved_tensors
+        grad = inside_range(grad, x.detach(), scale, zero_point, *ctx.grid)
+    return grad, None, None, None, None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -96,7 +125,7 @@ class _StraightThrough(torch.autograd.Function):
         return _KERNELS.get(x.device.type, _OPS)[0](x, scale, zero_point, *grid)
 
     @staticmethod
-    @differentiable_once
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.covered:
             x, scale, zero_point = ctx.saved_tensors

@@ -18,8 +18,8 @@ from lightning_qat.native import affine as native_affine
 from lightning_qat.native import vectorwise as native
 from lightning_qat.ops.affine_cpu import dequantize_pieces, takes_pieces
 from lightning_qat.ops.chunks import CHUNK
-from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import match_layout
+from lightning_qat.ops.transformed import as_it_comes, is_transformed, straight_through
 from lightning_qat.ops.vectorwise_codes import takes_op
 from lightning_qat.ops.workspace import advise_huge_pages
 
@@ -94,7 +94,8 @@ def fake_quantize_vectorwise(x: Tensor, threshold: float = 0.0) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x has no dimension; vector-wise quantization needs one of features")
     _check(x, threshold)
-    refuse_tangents(x)
+    if is_transformed():
+        return straight_through(x, lambda x: vectorwise_fake_quantize_op(x, threshold), as_it_comes)
     return vectorwise_fake_quantize_op(x, threshold)
 
 
@@ -118,7 +119,8 @@ def fake_quantize_beside(x: Tensor, kept: Tensor) -> Tensor:
         )
     _check_device("kept", kept, x)
     _check(x, 0.0)
-    refuse_tangents(x)
+    if is_transformed():
+        return straight_through(x, vectorwise_fake_quantize_beside_op, as_it_comes, kept)
     return vectorwise_fake_quantize_beside_op(x, kept)
 
 

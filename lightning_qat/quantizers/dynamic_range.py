@@ -19,7 +19,7 @@ def dynamic_parameters(x: Tensor, fmt: TensorFormat, spatial_dims: int | None) -
         fmt: bits, symmetry, and what a range covers.
         spatial_dims: of a convolution, whose ranges are per sample where others are per token; None otherwise.
     """
-    scheme = get_scheme(fmt.scheme)
+    scheme, x = get_scheme(fmt.scheme), x.detach()  # from tangents of forward mode too
     if scheme.finds_ranges:
         return x.new_ones((), dtype=torch.float32), x.new_zeros((), dtype=torch.int32), fmt
     if fmt.dynamic_range == "tensor":

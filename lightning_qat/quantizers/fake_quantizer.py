@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_qat.config import QuantizationConfig
 from lightning_qat.ops.fake_quantize import quant_range
 from lightning_qat.ops.observe import ONE_PASS_DEVICES, observe_fake_quantize_through
+from lightning_qat.ops.transformed import is_transformed
 from lightning_qat.quantizers.batch_range import BatchRange
 from lightning_qat.quantizers.calibration_samples import CalibrationSamples
 from lightning_qat.quantizers.clipping import LearnedClipping
@@ -322,6 +323,11 @@ class ActivationQuantizer(FakeQuantizer):
         if learned is not None and self.calibrated and not self.calibrating:  # nothing is observed any more
             return (*learned.parameters_now(fmt.bits), fmt) if self.quantizing else None
         observes = self._observes_now()
+        if observes and is_transformed():
+            raise RuntimeError(
+                f"layer {self.name!r} observes the range of its input, which it cannot keep from inside torch.func or "
+                "forward mode; call model.eval() or apply_phase(model, Phase(observing=False)) before"
+            )
         # Modules look through all they have at every attribute that is set.
         self.__dict__["_unseen"] = unseen = observes and self._sees_while_quantizing(x)
         if observes and not unseen:

@@ -36,6 +36,7 @@ from lightning_qat.ops.straight_through import (
     grid_for,
     learned_gradients,
 )
+from lightning_qat.ops.transformed import is_transformed, refuse_learned_scales
 from lightning_qat.quantizers.exponents import (
     LEAST,
     MOST,
@@ -140,6 +141,8 @@ class LearnedScale(QuantizationState):
 
     def with_gradient(self, factor: float, bits: int) -> tuple[Tensor, Tensor | None]:
         """Return scale and zero point, both float32, from which gradients come back times ``factor``."""
+        if is_transformed():
+            refuse_learned_scales()
         scale: Tensor = _Scale.apply(self.exponent, factor).view(self.shape)
         if self.offset is None:
             return scale, None

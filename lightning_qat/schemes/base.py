@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_qat.ops.observe import row_extremes
 from lightning_qat.ops.packing import pack_bits, unpack_bits
+from lightning_qat.ops.transformed import as_it_comes, is_transformed, straight_through
 from lightning_qat.schemes.format import TensorFormat, rows_of, scale_shape
 from lightning_qat.validation import SCHEME_BITS, check_int, load_entry_point, nearest_first
 
@@ -76,7 +77,12 @@ class Scheme(ABC):
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat) -> Tensor:
         """Quantize and dequantize ``x``, with a straight-through gradient."""
-        values: Tensor = _StraightThrough.apply(x, self, scale.detach(), zero_point, fmt)
+        scale = scale.detach()
+        if is_transformed():
+            return straight_through(
+                x, lambda x, s, z: _values_of_codes(x, s, z, self, fmt), as_it_comes, scale, zero_point
+            )
+        values: Tensor = _StraightThrough.apply(x, self, scale, zero_point, fmt)
         return values
 
     def fake_quantize_through(
@@ -193,6 +199,11 @@ def _stored_whole(fmt: TensorFormat) -> bool:
     return fmt.bits == 8 or (fmt.bits == 16 and fmt.symmetric)
 
 
+def _values_of_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, fmt: TensorFormat) -> Tensor:
+    codes = scheme.quantize(x, scale, zero_point, fmt)
+    return scheme.dequantize(codes, scheme.effective_scale(scale, fmt), zero_point, fmt, x.dtype)
+
+
 class _StraightThrough(torch.autograd.Function):
     """The values of codes, with the gradient passed on as it comes."""
 
@@ -200,8 +211,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scheme: Scheme, scale: Tensor, zero_point: Tensor | None, fmt: TensorFormat
     ) -> Tensor:
-        codes = scheme.quantize(x, scale, zero_point, fmt)
-        return scheme.dequantize(codes, scheme.effective_scale(scale, fmt), zero_point, fmt, x.dtype)
+        return _values_of_codes(x, scale, zero_point, scheme, fmt)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
