@@ -168,7 +168,7 @@ def fake_quantize_codebook(
     return straight_through(
         x,
         lambda *of: codebook_fake_quantize_op(*of, codebook, block_size, rule),
-        lambda grad, x, absmax, _: reference_fake_quantize_backward(grad, x, absmax, block_size),
+        lambda grad, x, absmax, _: inside_blocks(grad, x, absmax, block_size),
         absmax,
         stored_absmax,
     )
@@ -282,9 +282,14 @@ def reference_fake_quantize(
 
 def reference_fake_quantize_backward(grad: Tensor, x: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     """Return the gradient of ``x``."""
+    return match_layout(inside_blocks(grad, x, absmax, block_size), x)
+
+
+def inside_blocks(grad: Tensor, x: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """Return the gradient of ``x`` in operations that can be differentiated again by ``grad``, in whatever layout."""
     flat = x.reshape(-1).to(torch.float32)
     inside = spread(absmax * EDGE, block_size, flat.numel()) - flat.abs() >= 0
-    return match_layout(torch.where(inside.view(x.shape), grad, 0.0), x)
+    return torch.where(inside.view(x.shape), grad, 0.0)
 
 
 def _quantize_stochastically(
@@ -377,8 +382,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, absmax = ctx.saved_tensors
-    # The definition can be differentiated again, as under create_graph=True.
-    find = reference_fake_quantize_backward if torch.is_grad_enabled() else codebook_fake_quantize_backward_op
+    # Where it may be differentiated again, as under create_graph=True.
+    find = inside_blocks if torch.is_grad_enabled() else codebook_fake_quantize_backward_op
     gradient = find(grad, x, absmax, ctx.block_size) if ctx.needs_input_grad[0] else None
     return gradient, None, None, None, None, None
 

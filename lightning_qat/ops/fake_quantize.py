@@ -185,9 +185,13 @@ def inside_range(
     axis: int,
     group: int,
 ) -> Tensor:
-    """Return the gradient of ``x``, in operations that can be differentiated again by ``grad``."""
-    grid = (quant_min, quant_max, axis, group)
-    return reference_fake_quantize_backward(grad, x, scale, zero_point, *grid, [True, False, False])[0]
+    """Return the gradient of ``x`` in operations that can be differentiated again by ``grad``, in whatever layout."""
+    if x.numel() == 0:
+        return grad
+    step = view_parameter(scale, x.dim(), axis, group)
+    zero = None if zero_point is None else torch.round(view_parameter(zero_point, x.dim(), axis, group))
+    outside = _outside(view_runs(x, group).to(torch.float32), *_edges(step, zero, quant_min, quant_max))
+    return torch.where(outside, 0.0, view_runs(grad, group)).reshape(x.shape)
 
 
 def _edges(step: Tensor, zero: Tensor | None, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:

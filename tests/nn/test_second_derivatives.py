@@ -248,6 +248,19 @@ def test_hessians():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_jacobians_of_samples_side_by_side_through_attention():
+    """As a controller linearises a model around many states: vmap of jacrev is jacrev sample by sample."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, x = nn.Sequential(nn.Linear(8, 16), block, nn.Linear(16, 2)), randn(3, 5, 8)
+    lq.calibrate(lq.prepare(model, "int8"), [x])
+    for net in (model.eval(), lq.convert(model)):
+        found = vmap(jacrev(lambda sample, net=net: net(sample[None])[0]))(x)
+        expected = torch.stack([torch.autograd.functional.jacobian(lambda s, net=net: net(s[None])[0], s) for s in x])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert expected.any()
+
+
 def test_every_layer_of_a_witness_is_of_a_prepared_model():
     model, witness, _ = both("int8", "convolutions")
     assert len(list(qat_layers(model))) == sum(isinstance(m, Witness) for m in witness) == 3
