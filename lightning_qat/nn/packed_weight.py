@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 #: What ends like an operation in place and changes no value.
 _CHANGES_NOTHING = ("requires_grad_", "detach_", "share_memory_", "__get__")
+#: What is known of a weight that is not made. T5 asks for its dtype three times in each call of a layer.
+_KNOWN = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_sparse", "is_quantized", "grad", "is_leaf")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device),
+}
 
 
 class ComputedWeight(Tensor):
@@ -36,18 +43,59 @@ class ComputedWeight(Tensor):
         kwargs = {} if kwargs is None else kwargs
         first = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
         written = first if _writes(func) else kwargs.get("out")
-        if isinstance(written, cls):
+        if isinstance(written, ComputedWeight):
             raise RuntimeError(
                 f"the weight of {written.of_layer} is computed from its codes at every access, so what is written to "
                 "it would be lost; merge adapters into the float model and quantize that, or compute with a copy: "
                 "layer.weight.clone()"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = tree_map_only(cls, lambda t: t.as_subclass(Tensor), (args, kwargs))
+            if func in _KNOWN:
+                return func(*args, **kwargs)
+            args, kwargs = tree_map_only(ComputedWeight, lambda t: t.plain(), (args, kwargs))
             result = func(*args, **kwargs)
-        if isinstance(first, cls) and func in (Tensor.data.__get__, Tensor.detach):  # type: ignore[attr-defined]
+        if isinstance(first, ComputedWeight) and func in (Tensor.data.__get__, Tensor.detach):  # type: ignore[attr-defined]
             return _guarded(result, first.of_layer)
         return result
+
+    def plain(self) -> Tensor:
+        """Return the tensor that others compute with."""
+        return self.as_subclass(Tensor)
+
+
+class UnmadeWeight(ComputedWeight):
+    """One that is made when somebody asks for more than its dtype, device or shape."""
+
+    _layer: QuantizedLayer
+    _before: list[tuple[str, int, int]]
+    _made: Tensor | None
+
+    @staticmethod
+    def of(layer: QuantizedLayer) -> UnmadeWeight:
+        """Return the weight of ``layer`` as it is now."""
+        weight = Tensor._make_wrapper_subclass(
+            UnmadeWeight, layer.weight_shape, dtype=layer.weight_dtype, device=layer.weight_packed.device
+        )
+        now = layer.__class__.__new__(layer.__class__)  # its tensors, should the layer be moved before they are read
+        now.__dict__ = {**layer.__dict__, "_buffers": dict(layer._buffers)}
+        weight._layer, weight._before, weight._made, weight.of_layer = now, _state(layer), None, _words(layer)
+        return weight
+
+    def plain(self) -> Tensor:
+        """Return the weight, made once."""
+        if self._made is None:
+            if _state(self._layer) != self._before:
+                raise RuntimeError(
+                    f"the codes of {self.of_layer} were changed after its weight was asked for and before it was read; "
+                    "take layer.weight.clone() before the change, or ask for it afterwards"
+                )
+            self._made = self._layer.weight_in(self._layer.weight_dtype)
+        return self._made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(UnmadeWeight, lambda t: t.plain(), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _writes(func: Any) -> bool:
@@ -70,10 +118,9 @@ def float_weight(layer: QuantizedLayer) -> Tensor:
     of_call: Tensor | None = layer.__dict__.get("weight")
     if of_call is not None:
         return of_call
-    weight = layer.weight_in(layer.weight_dtype)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not has_memory_of_its_own(weight):
-        return weight
-    return _guarded(weight, _words(layer))
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not has_memory_of_its_own(layer.weight_packed):
+        return layer.weight_in(layer.weight_dtype)
+    return UnmadeWeight.of(layer)
 
 
 def _words(layer: QuantizedLayer) -> str:

@@ -256,7 +256,7 @@ def test_a_computed_weight_is_read_as_any_tensor(tmp_path):
     layer, _ = built("linear", "nf4")
     weight = layer.weight
     plain = layer.weight_in(torch.float32)
-    assert type(weight) is ComputedWeight
+    assert isinstance(weight, ComputedWeight)
     assert type(plain) is torch.Tensor
     for made in (weight + 1, weight.clone(), weight.float(), weight.T, weight[0], copy.deepcopy(weight), -weight):
         assert type(made) is torch.Tensor
@@ -274,3 +274,50 @@ def test_a_computed_weight_is_read_as_any_tensor(tmp_path):
     copied = weight.clone()
     copied.add_(1.0)
     assert torch.equal(copied, plain + 1)
+
+
+class LooksAtIt(nn.Module):
+    """As the feed-forward layers of T5 and the patch embeddings of vision towers do."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def forward(self, x):
+        weight = self.out.weight
+        if isinstance(weight, torch.Tensor) and x.dtype != weight.dtype and weight.dtype != torch.int8:
+            x = x.to(weight.dtype)
+        assert weight.shape == weight.size() == (96, 128)
+        assert (weight.device, len(weight)) == (x.device, 96)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("config", ["int8", "int8_dynamic", "w4a16"])
+def test_a_weight_is_not_made_for_those_who_ask_for_its_dtype(config, mode, monkeypatch):
+    layer, _ = built("linear", config)
+    made, make = [], type(layer).weight_in
+    monkeypatch.setattr(type(layer), "weight_in", lambda self, dtype: made.append(dtype) or make(self, dtype))
+    with mode():
+        expected = layer(randn(1, 128))
+        count = len(made)  # of what the layer computes with
+        assert torch.equal(LooksAtIt(layer)(randn(1, 128)), expected)
+        assert len(made) == 2 * count
+        assert layer.bfloat16().weight.dtype is torch.bfloat16
+    assert len(made) == 2 * count
+
+
+def test_a_weight_is_what_it_was_when_it_was_asked_for():
+    layer, _ = built("linear", "int8_weight_only")
+    plain, weight, read_late = layer.weight_in(torch.float32), layer.weight, layer.weight
+    layer.half()
+    assert weight.dtype is torch.float32
+    assert torch.equal(weight, plain)
+    layer.weight_packed.zero_()
+    assert torch.equal(weight, plain)  # made by now
+    late, layer = layer.weight, layer.float()
+    assert not bool(late.any())
+    layer.weight_packed.add_(1)
+    with pytest.raises(RuntimeError, match=r"codes of a converted layer \(.* were changed after .*weight.clone"):
+        read_late.sum()
+    assert bool(layer.weight.all())
