@@ -46,7 +46,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         index = input.reshape(-1)
         scheme = get_scheme(fmt.scheme)
         codes = scheme.unpack(packed.reshape(rows, -1)[index].reshape(-1), torch.Size((index.numel(), features)), fmt)
-        scale = self.scale
+        scale = self.held_scale()
         zero_point: Tensor | None = self.weight_zero_point
         if scale.dim():
             scale, zero_point = rows_of_scale(scale, zero_point, index, fmt, self.weight_shape)

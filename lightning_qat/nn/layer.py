@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from lightning_qat.config import QuantizationConfig
 from lightning_qat.nn.computed_weight import weight_now
 from lightning_qat.nn.execution import KernelCache, reference_reason
+from lightning_qat.nn.own_names import GivingWay, check_names
 from lightning_qat.nn.packed_weight import float_weight, with_float_weight
 from lightning_qat.nn.recompute import LayerFunction, fake_quantize_again, made_again_in_backward
 from lightning_qat.quantizers.fake_quantizer import ActivationQuantizer, dynamic_parameters
@@ -153,16 +154,17 @@ class QuantizedLayer(_Adopting, KeepsDtype):
         """The integer codes, in the shape of the float weight."""
         return get_scheme(self.weight_format.scheme).unpack(self.weight_packed, self.weight_shape, self.weight_format)
 
-    @property
-    def scale(self) -> Tensor:
-        """The weight's scale that values are computed with."""
+    def held_scale(self) -> Tensor:
+        """Return the weight's scale that values are computed with; ``scale`` where the layer has none of its own."""
         start = "weight_scale"
         stored = {name.removeprefix(start): t for name, t in self._buffers.items() if name.startswith(start)}
         return get_scheme(self.weight_format.scheme).read_scale(stored, self.weight_format)  # type: ignore[arg-type]
 
+    scale: Any = GivingWay(held_scale)
+
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Return the weight that the codes stand for, computed in every call: no float copy is kept."""
-        held = (self.weight_packed, self.scale, self.weight_zero_point, self.weight_shape, self.weight_format)
+        held = (self.weight_packed, self.held_scale(), self.weight_zero_point, self.weight_shape, self.weight_format)
         return get_scheme(self.weight_format.scheme).dequantize_packed(*held, dtype)
 
     weight: Any = property(float_weight)
@@ -320,6 +322,8 @@ def make_qat(layer: nn.Module, weight: QuantizationConfig, activation: Quantizat
         name: of the layer, for messages.
     """
     qat_class = _class_for(type(layer), quantized=False)
+    facts: Any = qat_class
+    check_names(layer, name, facts.float_class, LAYER_CLASSES[facts.float_class])
     tensor: Any = weight_now(layer)
     if is_lazy(tensor):
         raise ValueError(f"layer {name!r} is lazy and has no weight yet; run one batch through the model first")
@@ -328,7 +332,6 @@ def make_qat(layer: nn.Module, weight: QuantizationConfig, activation: Quantizat
             f"layer {name!r} has a forward of its own and a parametrized weight, which cannot be quantized "
             f"together; leave it in float with LayerRule({name!r})"
         )
-    facts: Any = qat_class
     if activation is not None and activation.scheme == "llm_int8" and facts.spatial_dims is not None:
         activation = None  # tokens have outliers in columns; images do not
     weight_quantizer = WeightQuantizer(weight, tensor, name, facts.channel_axis)

@@ -88,7 +88,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         scheme = get_scheme(fmt.scheme)
         if type(scheme).linear is Scheme.linear or input.dtype != self.weight_dtype:
             return multiplied_by_weight(self, input, lambda weight: F.linear(input, weight, self.bias))
-        held = (self.weight_packed, self.scale, self.weight_zero_point, self.weight_shape, fmt)
+        held = (self.weight_packed, self.held_scale(), self.weight_zero_point, self.weight_shape, fmt)
         return scheme.linear(input, *held, self.bias)
 
     def _on_gpu(self) -> IntegerKernel | None:
@@ -185,11 +185,13 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return lambda x, bias: int4_linear(x, packed, bias)
         if fmt is None:
             whole = self.weight_format.scheme == "llm_int8"
-            values, steps = (self.codes, self.scale * PER_CODE) if whole else (weight_values(self), self.weight_scale)
+            values, steps = (
+                (self.codes, self.held_scale() * PER_CODE) if whole else (weight_values(self), self.weight_scale)
+            )
             digits = pack_digits(values, steps, self.weight_format.group_size)
             return lambda x, bias: digit_linear(x, digits, bias)
         if fmt.scheme == "llm_int8":
-            parts = pack_with_outliers(self.codes, self.scale)
+            parts = pack_with_outliers(self.codes, self.held_scale())
             return lambda x, bias: outlier_linear(x, fmt.outlier_threshold, parts, bias)
         weight = pack_linear(weight_values(self), self.weight_scale)
         if fmt.dynamic and fmt.dynamic_range == "tensor":

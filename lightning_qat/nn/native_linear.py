@@ -87,5 +87,5 @@ def native_kernel(layer: QuantizedLayer) -> FewTokens | None:
         return FewTokens(of_four_bits(*held, rows, size, name), most_tokens(4, rows, columns, size, dtype))
     most = most_tokens(8, rows, columns, layer.weight_format.group_size or columns, dtype)
     if layer.weight_format.scheme == "llm_int8":
-        return FewTokens(of_eight_bits(layer.codes, layer.scale * PER_CODE), most)
+        return FewTokens(of_eight_bits(layer.codes, layer.held_scale() * PER_CODE), most)
     return FewTokens(of_eight_bits(weight_values(layer), layer.weight_scale), most)

@@ -146,7 +146,7 @@ def four_bit_groups(layer: QuantizedLayer) -> tuple[Tensor, Tensor | None, int, 
     """Return scale and zero point of the groups of a 4-bit weight, their size, and the name of the codebook."""
     fmt, (rows, columns) = layer.weight_format, layer.weight_shape
     size: Any = fmt.block_size or int4_run(layer.weight_shape, fmt.axis, fmt.group_size)
-    scale, zero_point = layer.scale.reshape(-1), layer.weight_zero_point
+    scale, zero_point = layer.held_scale().reshape(-1), layer.weight_zero_point
     zero = None if fmt.symmetric or zero_point is None else zero_point.reshape(-1)
     # One scale for the tensor is one for each row: the kernel's groups do not reach beyond a row.
     if fmt.block_size is None and size > columns:

@@ -65,7 +65,7 @@ class _Pair:
             shape[self.trained.channel_axis] = -1
             expected *= norm_factor_and_shift(self.norm, None)[0].float().view(shape)
         layer, shipped = self.converted, get_scheme(self.converted.weight_format.scheme)
-        held = (layer.codes, layer.scale, layer.weight_zero_point, layer.weight_format)
+        held = (layer.codes, layer.held_scale(), layer.weight_zero_point, layer.weight_format)
         actual = shipped.dequantize(*held, torch.float32)
         if actual.shape != expected.shape:
             raise ValueError(f"layer {self.name!r} has another shape; converted must come from convert(trained)")

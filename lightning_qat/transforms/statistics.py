@@ -129,7 +129,7 @@ def _of_prepared(name: str, layer: QATLayer) -> LayerStatistics:
 
 
 def _of_converted(name: str, layer: QuantizedLayer, weights: dict[str, Tensor]) -> LayerStatistics:
-    held = (layer.codes, layer.scale, layer.weight_zero_point, layer.weight_format)
+    held = (layer.codes, layer.held_scale(), layer.weight_zero_point, layer.weight_format)
     expected, sqnr_db = weights.get(name), None
     if expected is not None:
         values = get_scheme(layer.weight_format.scheme).dequantize(*held, torch.float32)
