@@ -21,7 +21,7 @@ from lightning_qat.ptq.gptq import GPTQOptions, choose_gptq, choose_ordered
 from lightning_qat.ptq.many_small import choose_many_small
 from lightning_qat.ptq.nearest import choose_nearest
 from lightning_qat.ptq.smoothing import SmoothingOptions
-from lightning_qat.ptq.statistics import InputStatistics, input_geometry
+from lightning_qat.ptq.statistics import InputStatistics, has_own_forward, input_geometry
 from lightning_qat.schemes import TensorFormat
 from lightning_qat.validation import check_bool, check_choice
 
@@ -150,6 +150,7 @@ def reason_for_nearest(layer: nn.Module, fmt: TensorFormat, method: str) -> str:
     if geometry is None:
         kind = "an embedding looks rows up" if isinstance(layer, nn.Embedding) else "a transposed convolution"
         kind = "a recurrent layer reads it" if isinstance(layer, RecurrentWeight) else kind
+        kind = "a forward of its own reads it" if has_own_forward(layer) else kind
         return f"{kind}: there is no Gram matrix of its inputs"
     if computes_weight(layer):
         return "its weight is computed (pruned, normed or parametrized); make it a parameter to have codes chosen"

@@ -16,6 +16,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_qat.nn.layer import float_type, supported_class
+
 #: Numbers of unfolded inputs that are held at once: 16 MB in float32.
 _PIECE = 2**22
 
@@ -66,11 +68,22 @@ class InputStatistics:
         )
 
 
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether the class of the user's layer does not compute as the class that it derives from."""
+    kind = float_type(layer)
+    base = supported_class(kind)
+    return base is not None and kind.forward is not base.forward
+
+
 def input_geometry(layer: nn.Module) -> tuple[int, int] | None:
-    """Return ``(groups, K)`` of a layer that multiplies matrices; None of embeddings and transposed convolutions."""
+    """Return ``(groups, K)`` of a layer that multiplies matrices; None of embeddings and transposed convolutions.
+
+    And of convolutions with a forward of their own, whose weight may slide over something else than the input: that of
+    Parakeet's head takes channels last.
+    """
     if isinstance(layer, nn.Linear):
         return 1, layer.in_features
-    if isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd) and not has_own_forward(layer):
         area = 1
         for size in layer.kernel_size:
             area *= size

@@ -232,3 +232,22 @@ def test_a_layer_called_twice_sees_both_inputs() -> None:
     found = gather_statistics(layers, shared, lambda: [run], stop=True)
     torch.testing.assert_close(found["twice"].gram, x.T @ x + y.T @ y)
     torch.testing.assert_close(found["once"].gram, x.T @ x)
+
+
+class ChannelsLast(nn.Conv1d):
+    """As the head of Parakeet."""
+
+    def forward(self, x):
+        return super().forward(x.mT).mT
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
+@pytest.mark.parametrize("length", [5, 16])
+def test_a_convolution_with_a_forward_of_its_own_gets_nearest_codes(length, method):
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(16, 16), ChannelsLast(16, 8, 1)), [randn(2, length, 16)]
+    config = lq.QATConfig("int8", per_channel=True)
+    quantized = lq.quantize_model(model, config, batches, method=method, verify=True)
+    outcome = lq.ptq_report(quantized).layer("1")
+    assert outcome.loss is None
+    assert any("a forward of its own" in note for note in outcome.notes), outcome.notes
