@@ -201,6 +201,23 @@ def test_converted_models_compile_without_graph_breaks(plan):
         torch.testing.assert_close(compiled(x), converted(x))
 
 
+@pytest.mark.parametrize("plan", ["int8", "nf4"])
+def test_blocks_that_are_compiled_one_by_one_share_their_graphs(plan):
+    """Regional compilation: a block's code is compiled once, whatever the others' scales and codes are."""
+    blocks = [nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(3)]
+    model, x = nn.Sequential(*blocks), torch.randn(5, 64)
+    lq.calibrate(lq.prepare(model, plan), [x])
+    lq.apply_phase(model, lq.Phase(observing=False, frozen=True))
+    for net in (model, lq.convert(model)):
+        torch._dynamo.utils.counters.clear()
+        with torch.no_grad():
+            expected = net(x)
+            for block in net:
+                block.compile(backend="eager", fullgraph=True)
+            torch.testing.assert_close(net(x), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_learned_scales_are_refused_where_there_is_none_to_learn():
     with pytest.raises(ValueError, match="learnable=True is not allowed with scheme='nf4'"):
         lq.QATConfig("nf4", activation_bits=None, learnable_step_size=True)
