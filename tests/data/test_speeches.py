@@ -118,6 +118,8 @@ def test_photographs() -> None:
 def test_a_batch_of_sentences_is_as_long_as_its_longest():
     ids = [torch.tensor([7, 8, 9, 0, 0]), torch.tensor([7, 8, 0, 0, 0])]
     masks = [(one != 0).long() for one in ids]
-    cut, mask = _as_long_as_the_longest(list(zip(ids, masks, strict=True)))
-    assert cut.tolist() == [[7, 8, 9], [7, 8, 0]]
-    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    batch = _as_long_as_the_longest(list(zip(ids, masks, strict=True)))
+    assert {name: part.tolist() for name, part in batch.items()} == {
+        "input_ids": [[7, 8, 9], [7, 8, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+    }
