@@ -12,14 +12,16 @@ from lightning_qat.nn.attention import INPUT_PROJECTIONS
 from lightning_qat.nn.layer import QuantizedLayer, float_type
 from lightning_qat.nn.recurrent import RecurrentLayer, RecurrentWeight, float_recurrent
 from lightning_qat.nn.region import undo_codes_inside
-from lightning_qat.quantizers.input_arrangement import by_feature
+from lightning_qat.quantizers.input_arrangement import ARRANGEMENT, by_feature
+from lightning_qat.schemes import get_scheme
 from lightning_qat.transforms.certificate import forget_reports
 from lightning_qat.transforms.prepare import copy_model
 from lightning_qat.transforms.save_pretrained import allow_save_pretrained
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "input_")
+#: And those of the scale, which the scheme names. Not all that begins so: a user's layer may have an ``input_mean``.
+_BUFFERS = ("weight_packed", "weight_zero_point", "input_scale", "input_zero_point", *ARRANGEMENT)
 _ATTRIBUTES = ("weight_format", "input_format", "weight_shape", "weight_dtype", "kernel_cache", "feeds_one_layer")
 
 
@@ -65,8 +67,9 @@ def _dequantize(layer: QuantizedLayer) -> None:
     weight = layer.weight_in(layer.weight_dtype)
     if layer.input_order is not None or layer.input_factor is not None:
         weight = by_feature(weight, layer.input_order, layer.input_factor)
-    for name in [name for name in layer._buffers if name.startswith(_BUFFERS)]:
-        del layer._buffers[name]
+    ends = get_scheme(layer.weight_format.scheme).store_scale(layer.held_scale(), layer.weight_format)
+    for name in (*_BUFFERS, *(f"weight_scale{end}" for end in ends)):
+        layer._buffers.pop(name, None)
     for name in _ATTRIBUTES:
         layer.__dict__.pop(name, None)
     layer.__class__ = float_type(layer)  # type: ignore[assignment]

@@ -78,6 +78,27 @@ def test_every_kind_of_layer_becomes_what_it_was_with_the_values_of_its_codes(co
         assert not isinstance(value, torch.Tensor) or torch.equal(value, before[name]), name
 
 
+class Centred(nn.Linear):
+    """Has buffers named much as those of packed integers."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 8)
+        self.register_buffer("input_mean", randn(16))
+        self.register_buffer("weight_scale_seen", torch.ones(1))
+
+    def forward(self, x):
+        return F.linear(x - self.input_mean, self.weight, self.bias) * self.weight_scale_seen
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_buffers_of_the_users_layer_stay(nested):
+    bnb = lq.BitsAndBytesConfig(bits=4, block_size=64, nested_quantization=nested)
+    quantized = lq.convert(lq.prepare(nn.Sequential(Centred()), lq.QuantizationConfig("nf4", bnb=bnb)))
+    made = lq.dequantize_model(quantized)
+    assert set(made.state_dict()) == set(nn.Sequential(Centred()).state_dict())
+    torch.testing.assert_close(made(randn(4, 16, seed=2)), quantized(randn(4, 16, seed=2)))
+
+
 def test_layers_that_stayed_in_float_are_left_and_copied():
     plan = lq.QuantizationPlan([lq.LayerRule("own"), lq.LayerRule("attention.k_proj")], base="int8_weight_only")
     quantized = lq.convert(lq.prepare(tokens(), plan))
