@@ -82,6 +82,7 @@ class Padding:
         self.model, self._forward = model, forward
         self.masks: dict[str, Tensor] = {}
         self._linears = {name: layer for name, layer in qat_layers(model) if isinstance(layer, nn.Linear)}
+        self._devices = {p.device for p in model.parameters() if p.is_cuda}
         self._known: dict[str, _Place] = {}
         self._tried = False
 
@@ -96,7 +97,11 @@ class Padding:
     def run(self, batch: Any) -> Any:
         """Run ``batch`` and return the output; its masks are those of the batch under way from here on."""
         self.masks = _masks_of(batch)
-        return self._forward(self.model, batch)
+        return self._call(batch)
+
+    def _call(self, batch: Any) -> Any:
+        """Run ``batch``, of which a dict may be taken apart, as by ``batch.pop("labels")``: it runs more than once."""
+        return self._forward(self.model, copy.copy(batch) if isinstance(batch, MutableMapping) else batch)
 
     def rows(self, name: str, x: Tensor) -> Tensor | None:
         """Return which rows of ``x``, the input of layer ``name``, count: bool, in the shape of its leading dimensions.
@@ -210,7 +215,8 @@ class Padding:
             layer.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, layer in self._linears.items()
         ]
         try:
-            outputs = output_tensors(self._forward(self.model, batch))
+            with torch.random.fork_rng(self._devices):  # both times the same random numbers, and as if never drawn
+                outputs = output_tensors(self._call(batch))
         finally:
             for handle in handles:
                 handle.remove()

@@ -275,11 +275,42 @@ def test_training_counts_everything_as_before() -> None:
     assert float(observer.max_val) == 100
 
 
-def test_random_numbers_and_modes_are_as_they_were() -> None:
-    model = lq.prepare(tiny_llama(), STATIC).train()
-    state, batch = torch.get_rng_state(), padded(sentences(5, 9))
-    lq.calibrate(model, [batch])
+def test_a_forward_may_take_a_batch_apart() -> None:
+    def forward(model: nn.Module, batch: Any) -> Any:
+        ids, labels = batch.pop("input_ids"), batch.pop("labels")
+        return model(ids, **batch).sum() + labels.sum()
+
+    batch = {**padded(sentences(5, 9)), "labels": torch.ones(2, 9)}
+    model, other = (lq.prepare(Text(), STATIC) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    lq.calibrate(model, [UserDict(batch)], forward=forward)
+    lq.calibrate(other, [batch])
+    for name, expected in ranges(other).items():
+        assert torch.equal(ranges(model)[name], expected), name
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+class Noisy(Text):
+    """Drops features in evaluation too, as the prenet of SpeechT5 does."""
+
+    def layout(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, Noisy])
+def test_random_numbers_and_modes_are_as_they_were(make: Any) -> None:
+    model, batch, state = make(), padded(sentences(5, 9)), torch.get_rng_state()
+    model(**batch)
+    once = torch.get_rng_state()
+    torch.set_rng_state(state)
+    lq.prepare(model, STATIC)
+    padding = Padding(model, lambda model, batch: model(**batch))
+    padding.look(batch)
     assert torch.equal(torch.get_rng_state(), state)
+    assert padding._known.keys() >= padding._linears.keys()
+    model.train()
+    lq.calibrate(model, [batch])
+    assert torch.equal(torch.get_rng_state(), once)
     assert all(module.training for module in model.modules())
     quantizers = static_quantizers(model)
     assert all(each.quantizing and not each.calibrating and each.samples.rows is None for each in quantizers)
