@@ -24,16 +24,16 @@ _CHANGES_NOTHING = ("requires_grad_", "detach_", "share_memory_", "__get__")
 #: What is known of a weight that is not made. T5 asks for its dtype three times in each call of a layer.
 _KNOWN = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_sparse", "is_quantized", "grad", "is_leaf")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_sparse", "is_quantized", "grad", "is_leaf", "_base")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.__len__),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor._is_view),
 }
 
 
 class ComputedWeight(Tensor):
     """A converted layer's weight as others read it; what is written to it would be lost, so that raises.
 
-    Results of operations are plain tensors.
+    So it is with views of it. Results of operations are plain tensors.
     """
 
     of_layer: str
@@ -42,8 +42,8 @@ class ComputedWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         first = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
-        written = first if _writes(func) else kwargs.get("out")
-        if isinstance(written, ComputedWeight):
+        written = _guarded_in(first if _writes(func) else kwargs.get("out"))
+        if written is not None:
             raise RuntimeError(
                 f"the weight of {written.of_layer} is computed from its codes at every access, so what is written to "
                 "it would be lost; merge adapters into the float model and quantize that, or compute with a copy: "
@@ -54,8 +54,8 @@ class ComputedWeight(Tensor):
                 return func(*args, **kwargs)
             args, kwargs = tree_map_only(ComputedWeight, lambda t: t.plain(), (args, kwargs))
             result = func(*args, **kwargs)
-        if isinstance(first, ComputedWeight) and func in (Tensor.data.__get__, Tensor.detach):  # type: ignore[attr-defined]
-            return _guarded(result, first.of_layer)
+        if isinstance(first, ComputedWeight):
+            return tree_map_only(Tensor, lambda t: _guarded(t, first) if _is_part(t, args[0]) else t, result)
         return result
 
     def plain(self) -> Tensor:
@@ -107,10 +107,25 @@ def _writes(func: Any) -> bool:
     return (ends or in_place or name == "__setitem__") and name not in _CHANGES_NOTHING
 
 
-def _guarded(weight: Tensor, of_layer: str) -> ComputedWeight:
-    guarded = weight.as_subclass(ComputedWeight)
-    guarded.of_layer = of_layer
+def _guarded(part: Tensor, weight: ComputedWeight) -> ComputedWeight:
+    guarded = part.as_subclass(ComputedWeight)
+    guarded.of_layer = weight.of_layer
     return guarded
+
+
+def _is_part(result: Tensor, weight: Tensor) -> bool:
+    """Whether ``result`` is another tensor in the memory of ``weight``, as ``weight[0]`` and ``weight.data`` are."""
+    if result is weight or type(result) is not Tensor or result.layout is not torch.strided:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(result):
+        return False
+    return result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+def _guarded_in(written: Any) -> ComputedWeight | None:
+    """Return the computed weight that ``written`` is or has, as the lists of ``torch._foreach_mul_`` do."""
+    each = written if isinstance(written, (list, tuple)) else (written,)
+    return next((t for t in each if isinstance(t, ComputedWeight)), None)
 
 
 def float_weight(layer: QuantizedLayer) -> Tensor:

@@ -241,9 +241,29 @@ def _out(layer):
     torch.add(layer.weight, 1.0, out=layer.weight)
 
 
+def _row(layer):
+    layer.weight[0].zero_()
+
+
+def _view_of_view(layer):
+    layer.weight.data.view(-1)[:8].mul_(0.0)
+
+
+def _each(layer):
+    for row in layer.weight:
+        row.div_(row.norm())
+
+
+def _listed(layer):
+    torch._foreach_mul_([torch.ones(1), layer.weight], 2.0)
+
+
 @pytest.mark.parametrize(
     "write",
-    [_in_place, _item, _data, _data_plus, _copied_into, _detached, _initialised, _out],
+    [
+        *(_in_place, _item, _data, _data_plus, _copied_into, _detached, _initialised, _out),
+        *(_row, _view_of_view, _each, _listed),
+    ],
     ids=lambda f: f.__name__,
 )
 def test_what_is_written_to_a_computed_weight_is_not_lost_silently(write):
@@ -258,8 +278,10 @@ def test_a_computed_weight_is_read_as_any_tensor(tmp_path):
     plain = layer.weight_in(torch.float32)
     assert isinstance(weight, ComputedWeight)
     assert type(plain) is torch.Tensor
-    for made in (weight + 1, weight.clone(), weight.float(), weight.T, weight[0], copy.deepcopy(weight), -weight):
+    for made in (weight + 1, weight.clone(), weight.float(), weight.to_sparse(), copy.deepcopy(weight), -weight):
         assert type(made) is torch.Tensor
+    assert torch.equal(weight.T[0] + weight[0, 0], plain.T[0] + plain[0, 0])
+    assert torch.equal(torch.vmap(lambda x: weight @ x)(plain), torch.vmap(lambda x: plain @ x)(plain))
     assert torch.equal(weight, plain)
     assert torch.equal(weight.data, plain)
     assert weight.tolist() == plain.tolist()
@@ -274,6 +296,14 @@ def test_a_computed_weight_is_read_as_any_tensor(tmp_path):
     copied = weight.clone()
     copied.add_(1.0)
     assert torch.equal(copied, plain + 1)
+
+
+@pytest.mark.parametrize("part", [lambda w: w, lambda w: w.data, lambda w: w.T.T], ids=["it", "data", "view"])
+def test_a_compiled_function_takes_a_computed_weight(part):
+    layer, _ = built("linear", "nf4")
+    torch._dynamo.reset()
+    product = torch.compile(lambda x, weight: x @ weight, backend="eager")
+    assert torch.equal(product(randn(3, 96), part(layer.weight)), randn(3, 96) @ layer.weight_in(torch.float32))
 
 
 class LooksAtIt(nn.Module):
