@@ -252,8 +252,8 @@ def _weight_replaced(module: nn.Module, value: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        del module.__dict__["weight"]
-        if before is not None:  # pruning keeps its masked weight there
+        module.__dict__.pop("weight", None)  # which another thread may have done
+        if before is not None and isinstance(module, QATLayer):  # pruning keeps its masked weight there
             module.__dict__["weight"] = before
 
 

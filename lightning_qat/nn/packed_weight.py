@@ -24,7 +24,8 @@ _CHANGES_NOTHING = ("requires_grad_", "detach_", "share_memory_", "__get__")
 #: What is known of a weight that is not made. T5 asks for its dtype three times in each call of a layer.
 _KNOWN = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_sparse", "is_quantized", "grad", "is_leaf", "_base")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_sparse", "is_quantized", "is_leaf")),
+    *(getattr(Tensor, name).__get__ for name in ("grad", "_base")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.__len__),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor._is_view),
 }
@@ -149,8 +150,12 @@ class _WeightAgain:
         self.layer = layer
         self.dtype = dtype
         self.state = _state(layer)
+        #: The whole, where it is not what the codes stand for.
+        self.kept: Tensor | None = None
 
     def make(self, saved: tuple[Any, ...]) -> Tensor:
+        if self.kept is not None:
+            return self.kept.as_strided(*saved)
         if _state(self.layer) != self.state:
             raise RuntimeError(
                 f"the codes of {_words(self.layer)} were moved or changed between its forward and its backward pass; "
@@ -158,6 +163,11 @@ class _WeightAgain:
             )
         with torch.no_grad():
             return self.layer.weight_in(self.dtype).as_strided(*saved)
+
+    def keep_if_changed(self, weight: Tensor) -> None:
+        """Keep ``weight`` where a forward wrote into it, as ``self.weight.data.clamp_(min=0)`` does."""
+        if not torch.equal(weight, self.layer.weight_in(self.dtype)):
+            self.kept = weight
 
 
 def _state(layer: QuantizedLayer) -> list[tuple[str, int, int]]:
@@ -167,14 +177,14 @@ def _state(layer: QuantizedLayer) -> list[tuple[str, int, int]]:
 
 
 def with_float_weight(layer: QuantizedLayer, inputs: tuple[Any, ...], function: Callable[[Tensor], Any]) -> Any:
-    """Return ``function`` of the layer's float weight, which is not kept for the backward pass.
+    """Return ``function`` of the layer's float weight, which is not kept for the backward pass unless it is changed.
 
     Args:
         layer: whose weight it is.
         inputs: what else the layer computes with; the tensors say whether there will be a backward pass.
-        function: what the layer does with the weight.
+        function: what the user's layer does with the weight.
     """
-    return _with(layer, inputs, function, layer.weight_dtype)
+    return _with(layer, inputs, function, layer.weight_dtype, may_change=True)
 
 
 def multiplied_by_weight(layer: QuantizedLayer, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
@@ -194,10 +204,21 @@ def multiplied_by_weight(layer: QuantizedLayer, x: Tensor, product: Callable[[Te
     return result
 
 
-def _with(layer: QuantizedLayer, inputs: tuple[Any, ...], function: Callable[[Tensor], Any], dtype: torch.dtype) -> Any:
+def _with(
+    layer: QuantizedLayer,
+    inputs: tuple[Any, ...],
+    function: Callable[[Tensor], Any],
+    dtype: torch.dtype,
+    *,
+    may_change: bool = False,
+) -> Any:
     weight = layer.weight_in(dtype)
     backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     if not backward or torch.compiler.is_compiling() or torch.jit.is_tracing() or not has_memory_of_its_own(weight):
         return function(weight)
-    with made_again_in_backward((weight, _WeightAgain(layer, dtype)), over_others=True):
-        return function(weight)
+    again, held = _WeightAgain(layer, dtype), weight.detach()  # the same memory, whatever becomes of ``weight.data``
+    with made_again_in_backward((weight, again), over_others=True):
+        result = function(weight)
+    if may_change:
+        again.keep_if_changed(held)
+    return result

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,6 +103,50 @@ def test_of_a_forward_of_its_own_only_what_it_makes_is_kept():
     _, kept = kept_bytes(with_kept_weight(layer), x)
     assert kept == 2 * weight
     assert kept_bytes(layer, x)[1] == weight  # the doubled one
+
+
+class Positive(nn.Linear):
+    """Writes into its weight, as layers of monotonic networks do."""
+
+    def forward(self, x):
+        self.weight.data.clamp_(min=0.0)
+        return super().forward(x)
+
+
+class Bounded(nn.Linear):
+    def forward(self, x):  # as EEGNet's layers do
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Positive, Bounded])
+def test_a_forward_that_changes_its_weight_has_the_gradient_of_what_it_computed(kind):
+    layer, x = converted(kind(128, 96), (3, 128)), randn(3, 128).requires_grad_()
+    layer(x).backward(randn(3, 96, seed=3))
+    weight = layer.weight_in(torch.float32)
+    weight = weight.clamp(min=0.0) if kind is Positive else torch.renorm(weight, 2, 0, 0.1)
+    torch.testing.assert_close(x.grad, randn(3, 96, seed=3) @ weight)
+
+
+def test_two_threads_in_a_forward_of_its_own():
+    turn, second_came, first_left = itertools.count(), threading.Event(), threading.Event()
+
+    class Waits(Scaled):
+        def forward(self, x):
+            first = next(turn) == 0
+            if not first:
+                second_came.set()
+            assert (second_came if first else first_left).wait(10)
+            return super().forward(x)
+
+    layer, xs = converted(Waits(128, 96), (3, 128)), [randn(3, 128, seed=seed) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(layer, x) for x in xs]
+        for call in calls:
+            call.add_done_callback(lambda _: first_left.set())
+    for x, call in zip(xs, calls, strict=True):
+        assert torch.equal(call.result(), Scaled.forward(with_kept_weight(layer), x))
+    assert "weight" not in layer.__dict__
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
