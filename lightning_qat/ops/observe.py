@@ -16,6 +16,7 @@ from lightning_qat.ops.affine_cpu import takes_pieces
 from lightning_qat.ops.fake_quantize import (
     absmax_divisor,
     fake_quantize_op,
+    inside_range,
     quant_range,
     reference_fake_quantize,
 )
@@ -23,7 +24,7 @@ from lightning_qat.ops.fake_quantize_cpu import as_read, fake_quantize_cpu
 from lightning_qat.ops.fake_quantize_cuda import HAS_TRITON
 from lightning_qat.ops.forward_mode import refuse_tangents
 from lightning_qat.ops.layout import dense_layout, empty_result
-from lightning_qat.ops.straight_through import apply_plainly, differentiable_once, input_gradient
+from lightning_qat.ops.straight_through import apply_plainly, differentiable, input_gradient
 
 #: Where one pass takes less than two, or as much: on a CPU without native kernels it is two.
 ONE_PASS_DEVICES = frozenset({"cuda", "cpu"})
@@ -132,6 +133,11 @@ if HAS_TRITON:
     _KERNELS["cuda"] = observe_fake_quantize_cuda
 
 
+def _again(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (x, scale, zero_point), (quant_min, quant_max) = ctx.saved_tensors, ctx.grid
+    return inside_range(grad, x.detach(), scale, zero_point, quant_min, quant_max, -1, 0), None, None, None
+
+
 class _Observed(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -145,7 +151,7 @@ class _Observed(torch.autograd.Function):
         return result, low, high
 
     @staticmethod
-    @differentiable_once
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         return input_gradient(grad, x, scale, zero_point, (*ctx.grid, -1, 0)), None, None, None

@@ -17,6 +17,7 @@ from lightning_qat.nn import QATLayer
 from lightning_qat.ops.fake_quantize import EDGE, quant_range
 from lightning_qat.schemes import rows_of, rows_to
 from lightning_qat.transforms.prepare import qat_layers
+from lightning_qat.transforms.ranges import deferred_ranges
 
 GROUPS = lq.QATConfig("int4", bits=4, group_size=8, activation_bits=None)
 CONFIGS = {
@@ -133,6 +134,14 @@ def test_a_penalty_of_gradients_trains_every_layer(title, network):
     with torch.no_grad():  # the witness computes the model
         torch.testing.assert_close(witness(x), model(x), rtol=1e-5, atol=1e-6)
     assert_same(penalty(model, x), penalty(witness, x))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_while_ranges_are_observed_as_in_a_fit(network):
+    model, witness, x = both(CONFIGS["int8"], network)
+    lq.apply_phase(model.train(), lq.Phase(observing=True))
+    with deferred_ranges(model):
+        assert_same(penalty(model, x), penalty(witness, x))
 
 
 def test_where_the_output_is_a_product_of_codes():
