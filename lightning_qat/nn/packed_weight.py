@@ -7,11 +7,12 @@ Here only how to make it again is kept, as QLoRA does (Dettmers et al. 2023).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_qat.nn.recompute import has_memory_of_its_own, made_again_in_backward
@@ -49,6 +50,12 @@ class ComputedWeight(Tensor):
                 f"the weight of {written.of_layer} is computed from its codes at every access, so what is written to "
                 "it would be lost; merge adapters into the float model and quantize that, or compute with a copy: "
                 "layer.weight.clone()"
+            )
+        if func is Tensor.detach and sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+            # It asks for the very type again, and its own words would be of that alone.
+            raise RuntimeError(
+                f"the weight of {args[0].of_layer} is computed from its codes at every access; a parameter needs "
+                "values of its own: nn.Parameter(layer.weight.clone()), or dequantize_model(model) for all layers"
             )
         with torch._C.DisableTorchFunctionSubclass():
             if func in _KNOWN:
