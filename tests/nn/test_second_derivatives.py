@@ -86,7 +86,7 @@ class Witness(nn.Module):
         return functional_call(self.float_layer, weight, (self.replaced(of_input, x),))
 
 
-def both(config, network: str, width: int | None = None) -> tuple[nn.Module, nn.Module, Tensor]:
+def both(config, network: str, width: int | None = None, *, grows: bool = False) -> tuple[nn.Module, nn.Module, Tensor]:
     make, shape = NETWORKS[network]
     if config == "nf4" or config is GROUPS:
         width = width or 64
@@ -95,6 +95,10 @@ def both(config, network: str, width: int | None = None) -> tuple[nn.Module, nn.
     x = randn(*shape, seed=1)
     lq.calibrate(lq.prepare(model, config), [x * 0.7])  # some lies outside
     lq.apply_phase(model, lq.Phase(observing=False, frozen=True))
+    if grows:  # some weights lie outside the range that stands still
+        with torch.no_grad():
+            for _, layer in qat_layers(model):
+                layer.weight.mul_(1.3)
     witness = nn.Sequential(*(Witness(m) if isinstance(m, QATLayer) else m for m in model))
     return model, witness, x
 
@@ -130,7 +134,7 @@ def test_a_penalty_of_gradients_trains_every_layer(title, network):
     config = CONFIGS[title]
     if network == "convolutions" and config is GROUPS:
         config = lq.QATConfig("int4", bits=4, per_channel=True, activation_bits=None)
-    model, witness, x = both(config, network)
+    model, witness, x = both(config, network, grows=title not in ("nf4", "llm_int8"))
     with torch.no_grad():  # the witness computes the model
         torch.testing.assert_close(witness(x), model(x), rtol=1e-5, atol=1e-6)
     assert_same(penalty(model, x), penalty(witness, x))

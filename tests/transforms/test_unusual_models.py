@@ -1,6 +1,8 @@
 """Models as people have them: hooks, own norms, tied names, other dtypes, compiled, failing half way."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -201,21 +203,34 @@ def test_converted_models_compile_without_graph_breaks(plan):
         torch.testing.assert_close(compiled(x), converted(x))
 
 
-@pytest.mark.parametrize("plan", ["int8", "nf4"])
-def test_blocks_that_are_compiled_one_by_one_share_their_graphs(plan):
-    """Regional compilation: a block's code is compiled once, whatever the others' scales and codes are."""
+REGIONS = """
+import torch, lightning_qat as lq
+from torch import nn
+x = torch.randn(5, 64)
+for plan in ("int8", "nf4"):
     blocks = [nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(3)]
-    model, x = nn.Sequential(*blocks), torch.randn(5, 64)
+    model = nn.Sequential(*blocks)
     lq.calibrate(lq.prepare(model, plan), [x])
     lq.apply_phase(model, lq.Phase(observing=False, frozen=True))
     for net in (model, lq.convert(model)):
+        torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         with torch.no_grad():
             expected = net(x)
             for block in net:
                 block.compile(backend="eager", fullgraph=True)
             torch.testing.assert_close(net(x), expected)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+def test_blocks_that_are_compiled_one_by_one_share_their_graphs():
+    """Regional compilation: a block's code is compiled once, whatever the others' scales and codes are.
+
+    In a process of its own: hooks that others leave behind in one count as other code.
+    """
+    done = subprocess.run([sys.executable, "-c", REGIONS], capture_output=True, text=True, check=True, timeout=300)
+    assert [line for line in done.stdout.splitlines() if line.startswith("graphs")] == ["graphs: 1"] * 4
 
 
 def test_learned_scales_are_refused_where_there_is_none_to_learn():
