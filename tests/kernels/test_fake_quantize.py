@@ -76,11 +76,15 @@ def test_gradients_equal_the_definition(device: str, poisoned: None, case: Case)
 
 
 def close(actual: Tensor, expected: Tensor, size: Tensor) -> None:
-    """Demand float32 sums of the same terms in another order, rounded to the dtype."""
+    """Demand float32 sums of the same terms in another order, rounded to the dtype.
+
+    Sums on both sides of a tie round apart by a unit in the last place, which is 2^-7 of a bfloat16 just above a power
+    of two.
+    """
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     finite = expected.double().isfinite() & (size < 1e36)
     error = (actual.double() - expected.double()).abs()[finite]
-    rounding = 2.0**-8 if expected.dtype == torch.bfloat16 else 2.0**-24
+    rounding = 2.0**-7 if expected.dtype == torch.bfloat16 else 2.0**-23
     assert (error <= size[finite] * 2.0**-20 + expected.double().abs()[finite] * rounding + 1e-40).all()
     assert torch.equal(actual.isnan()[size < 1e36], expected.isnan()[size < 1e36])
 
