@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_qat.nn.layer import QuantizedLayer
 
 #: What ends like an operation in place and changes no value.
-_CHANGES_NOTHING = ("requires_grad_", "detach_", "share_memory_", "__get__")
+_CHANGES_NOTHING = ("requires_grad_", "detach_", "share_memory_")
 #: What is known of a weight that is not made. T5 asks for its dtype three times in each call of a layer.
 _KNOWN = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),

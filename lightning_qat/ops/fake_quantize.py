@@ -130,15 +130,22 @@ def round_to_codes(values: Tensor, scale: Tensor, zero: Tensor | None, quant_min
     return torch.clamp(codes, quant_min, quant_max)
 
 
+def _float32_views(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return values, step and rounded zero point in views that broadcast."""
+    step = view_parameter(scale, x.dim(), axis, group)
+    zero = None if zero_point is None else torch.round(view_parameter(zero_point, x.dim(), axis, group))
+    return view_runs(x, group).to(torch.float32), step, zero
+
+
 def reference_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, axis: int, group: int
 ) -> Tensor:
     """Return the fake-quantized ``x``; ``axis`` and ``group`` as in :mod:`lightning_qat.ops.layout`."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    values = view_runs(x, group).to(torch.float32)
-    step = view_parameter(scale, x.dim(), axis, group)
-    zero = None if zero_point is None else torch.round(view_parameter(zero_point, x.dim(), axis, group))
+    values, step, zero = _float32_views(x, scale, zero_point, axis, group)
     codes = round_to_codes(values, step, zero, quant_min, quant_max)
     if zero is not None:
         codes = codes - zero
@@ -160,9 +167,8 @@ def reference_fake_quantize_backward(
     if x.numel() == 0:
         return _blank_gradients(x, scale, zero_point, needs)
     grad_x, grad_scale, grad_zero = _blank_gradients(x, scale, zero_point, [False, False, False])
-    values, grads = view_runs(x, group).to(torch.float32), view_runs(grad, group)
-    step = view_parameter(scale, x.dim(), axis, group)
-    zero = None if zero_point is None else torch.round(view_parameter(zero_point, x.dim(), axis, group))
+    grads = view_runs(grad, group)
+    values, step, zero = _float32_views(x, scale, zero_point, axis, group)
     outside = _outside(values, *_edges(step, zero, quant_min, quant_max))
     if needs[0]:
         grad_x = match_layout(torch.where(outside, 0.0, grads).reshape(x.shape), x)
@@ -188,9 +194,8 @@ def inside_range(
     """Return the gradient of ``x`` in operations that can be differentiated again by ``grad``, in whatever layout."""
     if x.numel() == 0:
         return grad
-    step = view_parameter(scale, x.dim(), axis, group)
-    zero = None if zero_point is None else torch.round(view_parameter(zero_point, x.dim(), axis, group))
-    outside = _outside(view_runs(x, group).to(torch.float32), *_edges(step, zero, quant_min, quant_max))
+    values, step, zero = _float32_views(x, scale, zero_point, axis, group)
+    outside = _outside(values, *_edges(step, zero, quant_min, quant_max))
     return torch.where(outside, 0.0, view_runs(grad, group)).reshape(x.shape)
 
 
